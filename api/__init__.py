@@ -1,0 +1,1 @@
+"""The HTTP gateway: blocks, metadata, admin; authentication, errors, metrics."""

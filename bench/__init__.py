@@ -1,0 +1,1 @@
+"""Benchmarks of the data path and the limits they are measured against."""

@@ -1,0 +1,1 @@
+"""Faults, workloads, checkers, and the simulated cell."""

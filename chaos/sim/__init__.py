@@ -1,0 +1,1 @@
+"""A whole cell in one process under virtual time."""

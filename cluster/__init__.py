@@ -1,0 +1,1 @@
+"""The cell: topology, placement, volumes, block index, block client, supervisor."""

@@ -1,0 +1,1 @@
+"""Redundancy schemes, the envelope of a stored block, fragments and the codec."""

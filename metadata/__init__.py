@@ -1,0 +1,1 @@
+"""Users, tokens, namespaces, the file tree and its commits: SQL only."""

@@ -1,0 +1,1 @@
+"""SQL plumbing shared by `cluster` and `metadata`: engines, group commit, migrations."""

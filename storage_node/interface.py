@@ -1,0 +1,153 @@
+"""What a node's disk must do (`FragmentStore`) and what a node looks like to others (`NodePort`).
+
+`FragmentStore` has two implementations held to one conformance suite: `rocks_store.RocksStore`
+and `memory_store.MemoryStore`.  `NodePort` has two: `port_client.SocketPort` over the data port,
+and the simulated network of `chaos/sim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from protocol.hashing import Buffer
+from protocol.ids import BlockHash, NodeId, VolumeId
+from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+
+_KEY_BYTES = 8 + 32 + 1
+
+
+class FragmentKey(NamedTuple):
+    """Where a fragment belongs: one slot of one block's stripe in one volume."""
+
+    volume: VolumeId
+    block: BlockHash
+    slot: int
+
+    def pack(self) -> bytes:
+        """41 bytes whose order is (volume, block, slot)."""
+        return self.volume.to_bytes(8, "big") + self.block + self.slot.to_bytes(1, "big")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> FragmentKey:
+        """Inverse of `pack`."""
+        assert len(data) == _KEY_BYTES
+        return cls(
+            VolumeId(int.from_bytes(data[:8], "big")),
+            BlockHash(data[8:40]),
+            data[40],
+        )
+
+
+class StoredRecord(NamedTuple):
+    """Answer for one key of a read: `record` is None unless `status` is OK."""
+
+    status: ItemStatus
+    record: Buffer | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts kept by a store; exact after open."""
+
+    fragments: int
+    fragment_bytes: int
+    counters: dict[str, int]
+
+
+class FragmentStore(Protocol):
+    """Durable map from `FragmentKey` to fragment record on one disk.
+
+    Calls block; `StorageNode` runs them off its event loop and never runs two writes at a time.
+    An operating-system or RocksDB error raises `DirectoryCorrupt` or `NodeFull`, and after a
+    failed sync the store accepts no further write until it is opened again.
+    """
+
+    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+        """Store all records; durable when this returns.  A record under a known key is the same
+        record again (names are content hashes) and replaces it."""
+        ...
+
+    def get_many(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """One answer per key, in order.  A bad record answers CORRUPT for its own key only."""
+        ...
+
+    def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
+        """Remove; durable when this returns.  OK or NOT_FOUND per key."""
+        ...
+
+    def inventory(
+        self, after: FragmentKey | None, limit: int
+    ) -> tuple[list[tuple[FragmentKey, int]], bool]:
+        """Keys and record lengths in key order after `after`; True if there are more."""
+        ...
+
+    def get_state(self, name: str) -> bytes | None:
+        """Small durable state of the node itself (incarnation, volume epochs)."""
+        ...
+
+    def put_state(self, values: dict[str, bytes]) -> None:
+        """Set several at once; durable when this returns."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Current counts."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release the directory.  Idempotent."""
+        ...
+
+
+class PutOutcome(NamedTuple):
+    """Answer to a put: which incarnation stored it, and one status per record."""
+
+    incarnation: int
+    statuses: list[ItemStatus]
+
+
+class NodePort(Protocol):
+    """A storage node as its callers see it.  Every method may raise `NodeUnavailable`,
+    `NodeRefuses`, `StaleIncarnation`, `NodeFull`, `HandshakeRefused`; a put or delete that was sent
+    and not answered raises `UnknownOutcome`.  `deadline_s` is seconds from now, always finite.
+    """
+
+    @property
+    def node_id(self) -> NodeId: ...
+
+    async def put(
+        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+    ) -> PutOutcome:
+        """Store fragment records.  Each record is given in pieces (header, payload) so that the
+        caller need not join them; OK means durable on that node."""
+        ...
+
+    async def get(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[StoredRecord]:
+        """Read records; the caller verifies each one's checksum and identity."""
+        ...
+
+    async def delete(
+        self, incarnation: int, keys: Sequence[FragmentKey], deadline_s: float
+    ) -> list[ItemStatus]:
+        """Remove fragments."""
+        ...
+
+    async def lease(self, incarnation: int, lease_s: float, deadline_s: float) -> LeaseReply:
+        """Grant or renew the right to acknowledge writes.  A higher incarnation than the node's
+        own is adopted durably before the answer; a lower one is refused (`StaleIncarnation`)."""
+        ...
+
+    async def summary(self, deadline_s: float) -> SummaryReply:
+        """State and counts."""
+        ...
+
+    async def inventory(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> InventoryReply:
+        """A page of what the node holds."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connection.  Idempotent."""
+        ...
