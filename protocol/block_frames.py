@@ -64,7 +64,9 @@ def iter_frames(body: Buffer) -> Iterator[BlockFrame]:
         if count > BATCH_BLOCKS_MAX:
             raise InvalidRequest(f"more than {BATCH_BLOCKS_MAX} blocks in one body: send several")
         if length > BLOCK_BYTES_MAX:
-            raise BlockTooLarge(f"frame {count - 1} holds {length} bytes; a block has at most 4 MiB")
+            raise BlockTooLarge(
+                f"frame {count - 1} holds {length} bytes; a block has at most 4 MiB"
+            )
         if length > len(view) - position:
             raise InvalidRequest(f"framed body is cut in the data of frame {count - 1}")
         try:
