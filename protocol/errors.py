@@ -9,7 +9,10 @@
     │   ├── StaleIncarnation      the caller spoke to a node's earlier life: refresh the map
     │   ├── NotEnoughNodes        fewer healthy failure domains than the operation needs
     │   ├── DatabaseBusy          the SQL database is locked or away
-    │   └── Overloaded            a bounded queue is full, or a rate limit was reached
+    │   ├── Overloaded            a bounded queue is full, or a rate limit was reached
+    │   ├── ServerUnreachable     client side: the HTTP server does not answer
+    │   ├── CorruptReply          client side: an answer that is cut, or is not what it claims
+    │   └── FileChanged           client side: a local file changed while it was read
     ├── UnknownOutcome          it may have been done: ask before doing it again
     ├── NeedsRepair             bytes are missing or wrong on a disk: read elsewhere, repair
     │   ├── CorruptFragment
@@ -20,7 +23,8 @@
     │   ├── HashMismatch, BlockTooLarge, QuotaExceeded
     │   ├── Unauthenticated, Forbidden
     │   ├── BlockNotFound, EntryNotFound
-    │   └── RevConflict, MissingBlocks
+    │   ├── RevConflict, MissingBlocks
+    │   └── PathOccupied          client side: something else stands where a file should go
     └── OperatorNeeded          retrying cannot help: a person must act
         ├── ConfigInvalid
         ├── DirectoryInUse
@@ -28,7 +32,8 @@
         ├── DirectoryCorrupt
         ├── HandshakeRefused      wrong cluster secret, cluster or node
         ├── SchemeUnsupported
-        └── FormatUnsupported     written by a newer version
+        ├── FormatUnsupported     written by a newer version
+        └── LocalFileError        client side: the local file system refused
 
 Each class has a stable `kind` (append-only: clients match on it).  `api/errors.py` holds the one
 table from kinds to HTTP.  A message says what happened, to what, and what to do about it.
@@ -116,6 +121,28 @@ class Overloaded(RetryLater):
     """A bounded queue is full, or a rate limit was reached."""
 
     kind = "overloaded"
+
+
+class ServerUnreachable(RetryLater):
+    """The HTTP server did not answer: no connection, a broken one, or the deadline passed.
+
+    Raised by the client only, and only where a lost answer cannot matter; a call that may have
+    taken effect raises `UnknownOutcome`.
+    """
+
+    kind = "server_unreachable"
+
+
+class CorruptReply(RetryLater):
+    """An answer was cut short, or does not hash to the name it was asked for under."""
+
+    kind = "corrupt_reply"
+
+
+class FileChanged(RetryLater):
+    """A local file changed while it was read; nothing of it was committed."""
+
+    kind = "file_changed"
 
 
 class UnknownOutcome(HaversackError):
@@ -256,6 +283,12 @@ class MissingBlocks(BadRequest):
         )
 
 
+class PathOccupied(BadRequest):
+    """Something else stands at a local path, and overwriting it was not asked for."""
+
+    kind = "path_occupied"
+
+
 class OperatorNeeded(HaversackError):
     """Retrying cannot help: a person must act."""
 
@@ -302,3 +335,9 @@ class FormatUnsupported(OperatorNeeded):
     """Bytes written by a newer version than this one reads."""
 
     kind = "format_unsupported"
+
+
+class LocalFileError(OperatorNeeded):
+    """The local file system refused: unreadable, full, read-only, or gone."""
+
+    kind = "local_file_error"
