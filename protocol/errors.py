@@ -41,6 +41,7 @@ table from kinds to HTTP.  A message says what happened, to what, and what to do
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -341,3 +342,32 @@ class LocalFileError(OperatorNeeded):
     """The local file system refused: unreadable, full, read-only, or gone."""
 
     kind = "local_file_error"
+
+
+def rebuild(
+    kind: str,
+    message: str,
+    details: Mapping[str, Any],
+    otherwise: type[HaversackError] = HaversackError,
+) -> HaversackError:
+    """The error that crossed a wire as (kind, message, details).
+
+    A kind this version does not know becomes `otherwise`, with the kind kept in the details: new
+    kinds may appear, the groups stay.
+    """
+    known = _classes_by_kind().get(kind)
+    if known is None:
+        return _rebuild(otherwise, message, {**details, "kind": kind})
+    return _rebuild(known, message, dict(details))
+
+
+@functools.cache
+def _classes_by_kind() -> dict[str, type[HaversackError]]:
+    """Every kind; where a group shares its kind with a leaf, the leaf."""
+    found: dict[str, type[HaversackError]] = {HaversackError.kind: HaversackError}
+    queue: list[type[HaversackError]] = [HaversackError]
+    while queue:
+        for child in queue.pop(0).__subclasses__():
+            found[child.kind] = child
+            queue.append(child)
+    return found
