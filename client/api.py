@@ -1,0 +1,415 @@
+"""`HaversackClient`: one method per route of the HTTP API.
+
+Called by `client.upload`, `client.download`, `cli`, `chaos` and `bench`.  Every block received is
+hashed, in a thread, before the caller sees it.  May import `protocol` and its own package.
+
+    async with HaversackClient("http://127.0.0.1:8420", token) as client:
+        await client.put_block(hash_block(data), data)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import orjson
+
+from client.batches import (
+    batch_results,
+    bodies,
+    entry_or_error,
+    framed,
+    or_error,
+    until_settled,
+    verified_frames,
+)
+from client.entries import Entry, NewEntry, parse_entry
+from client.replies import json_list, json_object
+from client.retry import RetryPolicy
+from client.transport import Call, LostReply, Transport, text_query
+from protocol import block_frames
+from protocol.block_frames import FrameStatus
+from protocol.clock import Clock, SystemClock
+from protocol.errors import (
+    BlockNotFound,
+    CorruptReply,
+    EntryNotFound,
+    HaversackError,
+    InvalidRequest,
+    UnknownOutcome,
+)
+from protocol.hashing import Buffer, hash_block
+from protocol.ids import BlockHash
+from protocol.limits import (
+    BATCH_BLOCKS_MAX,
+    BATCH_BODY_BYTES_MAX,
+    BLOCK_BYTES_MAX,
+    COMMIT_ENTRIES_MAX,
+    JSON_BODY_BYTES_MAX,
+    LISTING_PAGE_MAX,
+)
+
+T = TypeVar("T")
+
+_HASH_THREADS = 2
+_CONNECTIONS = 32
+_FETCH_ROUNDS_MAX = 64
+_HASH_IN_LOOP_BYTES = 16 * 1024
+"""Below this, hashing takes less time than handing the work to a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Answer to one commit; `created` is False where identical content stood there already."""
+
+    entry: Entry
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing; `cursor` is None on the last."""
+
+    entries: tuple[Entry, ...]
+    cursor: str | None
+
+
+class HaversackClient:
+    """Connections to one cell, in the name of one token.  An async context manager.
+
+    Every method may raise the errors of `client.transport.Transport.call`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        policy: RetryPolicy | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        executor: Executor | None = None,
+        connections: int = _CONNECTIONS,
+    ) -> None:
+        self._transport = Transport(
+            url,
+            token,
+            policy=policy or RetryPolicy(),
+            clock=clock or SystemClock(),
+            rng=rng or random.Random(),
+            connections=connections,
+        )
+        self._given_executor = executor
+        self._own_executor: ThreadPoolExecutor | None = None
+
+    async def __aenter__(self) -> Self:
+        self._transport.open()
+        if self._given_executor is None:
+            self._own_executor = ThreadPoolExecutor(_HASH_THREADS, "haversack-client")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections and the threads.  Idempotent."""
+        await self._transport.close()
+        if self._own_executor is not None:
+            self._own_executor.shutdown(wait=False)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run blocking work in this client's threads."""
+        executor = self._given_executor or self._own_executor
+        assert executor is not None, "use the client inside `async with`"
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    # ------------------------------------------------------------------ blocks
+
+    async def check_blocks(self, blocks: Sequence[BlockHash]) -> set[BlockHash]:
+        """Which of `blocks` must be uploaded.  The others are claimed for the caller."""
+        missing: set[BlockHash] = set()
+        for start in range(0, len(blocks), BATCH_BLOCKS_MAX):
+            some = blocks[start : start + BATCH_BLOCKS_MAX]
+            answer = await self._post_json(
+                "/v1/blocks/check", {"hashes": [block.hex() for block in some]}
+            )
+            named = {BlockHash.parse(text) for text in json_list(answer, "missing", None, "check")}
+            if not named <= set(some):
+                raise CorruptReply("the answer to check names blocks that were not asked about")
+            missing |= named
+        return missing
+
+    async def put_block(self, block: BlockHash, data: Buffer) -> bool:
+        """Upload one block.  True if it was new to the store.
+
+        `block` must be the hash of `data`: the server refuses anything else (`HashMismatch`).
+        """
+        reply = await self._transport.call(
+            Call(
+                "PUT",
+                f"/v1/blocks/{block}",
+                body=[data],
+                media_type="application/octet-stream",
+            )
+        )
+        return bool(json_object(reply.body, "a block upload").get("new", reply.status == 201))
+
+    async def get_block(self, block: BlockHash) -> bytes:
+        """Download one block.  Raises `BlockNotFound`; retries an answer with wrong bytes, then
+        raises `CorruptReply`."""
+        backoff = self._transport.backoff()
+        while True:
+            reply = await self._transport.call(
+                Call("GET", f"/v1/blocks/{block}", answer_bytes_max=BLOCK_BYTES_MAX)
+            )
+            if await self._hash(reply.body) == block:
+                return reply.body
+            await backoff.pause(
+                CorruptReply(
+                    f"the server sent {len(reply.body)} bytes for block {block} that hash to "
+                    "something else",
+                    {"hash": str(block)},
+                )
+            )
+
+    async def head_block(self, block: BlockHash) -> int | None:
+        """Length of a block in bytes; None if there is none that the caller may read."""
+        try:
+            reply = await self._transport.call(Call("HEAD", f"/v1/blocks/{block}"))
+        except (BlockNotFound, EntryNotFound):  # an answer to HEAD has no body to tell the kind
+            return None
+        return int(reply.headers.get("Content-Length", "0"))
+
+    async def put_blocks(
+        self, blocks: Sequence[tuple[BlockHash, Buffer]]
+    ) -> list[bool | HaversackError]:
+        """Upload small blocks in one framed body each 16 MiB or 4,096 blocks.
+
+        Per block: True if it was new, False if it was there, or its error.  Blocks refused for a
+        reason that may pass are sent again, alone.
+        """
+        results: list[bool | HaversackError] = []
+        for some in bodies(blocks):
+            results += await self._put_batch(some)
+        return results
+
+    async def _put_batch(
+        self, blocks: Sequence[tuple[BlockHash, Buffer]]
+    ) -> list[bool | HaversackError]:
+        async def send(some: Sequence[tuple[BlockHash, Buffer]]) -> list[bool | HaversackError]:
+            reply = await self._transport.call(
+                Call(
+                    "POST",
+                    "/v1/blocks/batch",
+                    body=[framed(some)],
+                    media_type=block_frames.MEDIA_TYPE,
+                )
+            )
+            return batch_results(json_object(reply.body, "a batch of blocks"), len(some))
+
+        return await until_settled(blocks, send, self._transport.backoff())
+
+    async def fetch_blocks(self, blocks: Sequence[BlockHash]) -> list[Buffer | HaversackError]:
+        """Download many blocks in framed answers: bytes or the error of each, in order.
+
+        The bytes are views into the answers, which live as long as one of them is referenced.
+        A block that the answer could not carry is asked for again, alone if need be.
+        """
+        found: dict[BlockHash, Buffer | HaversackError] = {}
+        wanted = list(dict.fromkeys(blocks))
+        rounds = 0
+        while wanted:
+            rounds += 1
+            before = len(found)
+            if rounds <= _FETCH_ROUNDS_MAX:
+                await self._fetch_some(wanted[:BATCH_BLOCKS_MAX], found)
+            if len(found) == before:  # no progress in a framed answer: one by one
+                found[wanted[0]] = await or_error(self.get_block(wanted[0]))
+            wanted = [block for block in wanted if block not in found]
+        return [found[block] for block in blocks]
+
+    async def _fetch_some(
+        self, some: Sequence[BlockHash], found: dict[BlockHash, Buffer | HaversackError]
+    ) -> None:
+        """One framed answer into `found`; blocks it did not bring in good order stay out."""
+        reply = await self._transport.call(
+            Call(
+                "POST",
+                "/v1/blocks/fetch",
+                body=[orjson.dumps({"hashes": [block.hex() for block in some]})],
+                answer_bytes_max=BATCH_BODY_BYTES_MAX + BLOCK_BYTES_MAX,
+            )
+        )
+        asked = set(some)
+        unavailable: list[BlockHash] = []
+        try:
+            frames = await self.run(lambda: verified_frames(reply.body))
+        except CorruptReply:
+            return
+        for block, status, data in frames:
+            if block not in asked:
+                continue
+            if status is FrameStatus.OK and data is not None:
+                found[block] = data
+            elif status is FrameStatus.NOT_FOUND:
+                found[block] = BlockNotFound(block)
+            elif status is not FrameStatus.NOT_SENT:
+                unavailable.append(block)  # unreadable there, or its bytes are wrong here
+        for block in unavailable:  # alone: retried, and with the exact reason
+            found[block] = await or_error(self.get_block(block))
+
+    # ---------------------------------------------------------------- metadata
+
+    async def commit(self, new: NewEntry) -> Committed:
+        """Make one version.  Raises `RevConflict`, `MissingBlocks`, `InvalidPath`, and
+        `UnknownOutcome` if no answer could be had; repeating an identical commit is harmless."""
+        reply = await self._transport.call(
+            Call(
+                "POST",
+                "/v1/metadata/commit",
+                LostReply.CONFIRM,
+                body=[orjson.dumps(new.to_json())],
+            )
+        )
+        answer = json_object(reply.body, "a commit")
+        return Committed(parse_entry(answer.get("entry", answer)), reply.status == 201)
+
+    async def commit_many(self, entries: Sequence[NewEntry]) -> list[Entry | HaversackError]:
+        """Make up to 1,000 versions in one call: the entry or the error of each, in order.
+
+        Entries refused for a reason that may pass are sent again.
+        """
+        if len(entries) > COMMIT_ENTRIES_MAX:
+            raise InvalidRequest(f"at most {COMMIT_ENTRIES_MAX} entries in one commit batch")
+
+        async def send(some: Sequence[NewEntry]) -> list[Entry | HaversackError]:
+            body = orjson.dumps({"entries": [new.to_json() for new in some]})
+            assert len(body) <= JSON_BODY_BYTES_MAX, "batches are cut by json_bytes_at_most"
+            reply = await self._transport.call(
+                Call("POST", "/v1/metadata/commit_batch", LostReply.CONFIRM, body=[body])
+            )
+            answer = json_object(reply.body, "a batch of commits")
+            results = json_list(answer, "results", len(some), "a batch of commits")
+            return [entry_or_error(result) for result in results]
+
+        return await until_settled(entries, send, self._transport.backoff())
+
+    async def list_page(
+        self,
+        path: str,
+        *,
+        recursive: bool = False,
+        cursor: str | None = None,
+        limit: int = LISTING_PAGE_MAX,
+    ) -> Page:
+        """One page of what is under a folder.  Raises `EntryNotFound`."""
+        answer = await self._get_json(
+            "/v1/metadata/list",
+            text_query(path=path, recursive=recursive, cursor=cursor, limit=limit),
+        )
+        entries = json_list(answer, "entries", None, "a listing")
+        following = answer.get("cursor")
+        return Page(
+            tuple(parse_entry(entry) for entry in entries),
+            None if following is None else str(following),
+        )
+
+    async def iter_folder(self, path: str, *, recursive: bool = False) -> AsyncIterator[Entry]:
+        """Everything under a folder, page by page."""
+        cursor: str | None = None
+        while True:
+            page = await self.list_page(path, recursive=recursive, cursor=cursor)
+            for entry in page.entries:
+                yield entry
+            if page.cursor is None:
+                return
+            if page.cursor == cursor:
+                raise CorruptReply(f"the listing of {path!r} does not advance")
+            cursor = page.cursor
+
+    async def entry(self, path: str) -> Entry:
+        """What stands at a path.  Raises `EntryNotFound`."""
+        return parse_entry(await self._get_json("/v1/metadata/entry", text_query(path=path)))
+
+    async def delete(self, path: str, parent_rev: str | None = None) -> int:
+        """Delete a file or a folder with all under it; versions are kept.  Entries deleted.
+
+        Sent once: raises `UnknownOutcome` when the answer was lost, saying what stands there now.
+        """
+        request: dict[str, Any] = {"path": path}
+        if parent_rev is not None:
+            request["parent_rev"] = parent_rev
+        try:
+            reply = await self._transport.call(
+                Call("POST", "/v1/metadata/delete", LostReply.TELL, body=[orjson.dumps(request)])
+            )
+        except UnknownOutcome as error:
+            raise UnknownOutcome(
+                f"deleting {path!r}: {error} ({await self._standing(path)})", error.details
+            ) from error
+        return int(json_object(reply.body, "a delete").get("deleted", 0))
+
+    async def _standing(self, path: str) -> str:
+        try:
+            entry = await self.entry(path)
+        except EntryNotFound:
+            return "nothing stands there now"
+        except HaversackError as error:
+            return f"what stands there now could not be learned: {error.kind}"
+        return f"a {entry.kind.value} stands there now, rev {entry.rev}"
+
+    async def make_folder(self, path: str) -> Entry:
+        """Make a folder and its parents; an existing folder is a success."""
+        reply = await self._transport.call(
+            Call(
+                "POST",
+                "/v1/metadata/folder",
+                LostReply.CONFIRM,
+                body=[orjson.dumps({"path": path})],
+            )
+        )
+        answer = json_object(reply.body, "making a folder")
+        return parse_entry(answer.get("entry", answer))
+
+    # ------------------------------------------------------------ account, admin
+
+    async def account(self) -> dict[str, Any]:
+        """Who the token belongs to."""
+        return await self._get_json("/v1/account")
+
+    async def status(self) -> dict[str, Any]:
+        """The cell's nodes, volumes and bytes; for administrators."""
+        return await self._get_json("/v1/admin/status")
+
+    async def is_ready(self) -> bool:
+        """Whether the server says that it serves; False also when it cannot be reached."""
+        try:
+            await self._transport.call(Call("GET", "/readyz", anonymous=True))
+        except HaversackError:
+            return False
+        return True
+
+    # ------------------------------------------------------------------ plumbing
+
+    async def _get_json(self, path: str, query: dict[str, str] | None = None) -> dict[str, Any]:
+        reply = await self._transport.call(Call("GET", path, query=query or {}))
+        return json_object(reply.body, path)
+
+    async def _post_json(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
+        reply = await self._transport.call(Call("POST", path, body=[orjson.dumps(value)]))
+        return json_object(reply.body, path)
+
+    async def _hash(self, data: bytes) -> BlockHash:
+        if len(data) <= _HASH_IN_LOOP_BYTES:
+            return hash_block(data)
+        return await self.run(lambda: hash_block(data))
