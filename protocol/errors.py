@@ -10,6 +10,7 @@
     │   ├── NotEnoughNodes        fewer healthy failure domains than the operation needs
     │   ├── DatabaseBusy          the SQL database is locked or away
     │   ├── Overloaded            a bounded queue is full, or a rate limit was reached
+    │   ├── RequestTimeout        a request's header or body did not arrive in time
     │   ├── ServerUnreachable     client side: the HTTP server does not answer
     │   ├── CorruptReply          client side: an answer that is cut, or is not what it claims
     │   └── FileChanged           client side: a local file changed while it was read
@@ -24,6 +25,8 @@
     │   ├── Unauthenticated, Forbidden
     │   ├── BlockNotFound, EntryNotFound
     │   ├── RevConflict, MissingBlocks
+    │   ├── MalformedHttp, HeaderTooLarge, LengthRequired, BodyTooLarge, RangeNotSatisfiable
+    │   ├── RouteNotFound, MethodNotAllowed
     │   └── PathOccupied          client side: something else stands where a file should go
     └── OperatorNeeded          retrying cannot help: a person must act
         ├── ConfigInvalid
@@ -122,6 +125,12 @@ class Overloaded(RetryLater):
     """A bounded queue is full, or a rate limit was reached."""
 
     kind = "overloaded"
+
+
+class RequestTimeout(RetryLater):
+    """The header or the body of a request did not arrive in time; nothing was done."""
+
+    kind = "request_timeout"
 
 
 class ServerUnreachable(RetryLater):
@@ -282,6 +291,48 @@ class MissingBlocks(BadRequest):
             "upload them, then commit again",
             {"missing": names},
         )
+
+
+class MalformedHttp(BadRequest):
+    """Bytes that are not an HTTP/1.1 request: the connection is closed."""
+
+    kind = "malformed_http"
+
+
+class HeaderTooLarge(BadRequest):
+    """A request line and header above the limit."""
+
+    kind = "header_too_large"
+
+
+class LengthRequired(BadRequest):
+    """A body without Content-Length where one is needed before anything is read."""
+
+    kind = "length_required"
+
+
+class BodyTooLarge(BadRequest):
+    """A body above the limit of its route."""
+
+    kind = "body_too_large"
+
+
+class RangeNotSatisfiable(BadRequest):
+    """A byte range that starts after the end; `details.length` is the length."""
+
+    kind = "range_not_satisfiable"
+
+
+class RouteNotFound(BadRequest):
+    """No such path in the HTTP API."""
+
+    kind = "route_not_found"
+
+
+class MethodNotAllowed(BadRequest):
+    """The path exists, the method does not; `details.allow` lists those that do."""
+
+    kind = "method_not_allowed"
 
 
 class PathOccupied(BadRequest):

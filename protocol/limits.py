@@ -70,6 +70,9 @@ PATH_DEPTH_MAX: Final = 128
 JSON_BODY_BYTES_MAX: Final = 8 * MIB
 """A JSON request: 1,000 commit entries with inline content fit."""
 
+HEADER_BYTES_MAX: Final = 32 * KIB
+"""Request line and header of an HTTP request."""
+
 CLAIM_SECONDS: Final = 6 * 3600
 """How long a put or a check lets its caller reference the block."""
 
@@ -78,6 +81,15 @@ NODE_INFLIGHT_REQUESTS_MAX: Final = 1_024
 
 NODE_QUEUE_BYTES_MAX: Final = 64 * MIB
 """Fragment bytes waiting for a group commit on one node."""
+
+GATEWAY_PUT_BYTES_MAX: Final = 96 * MIB
+"""Buffers of all puts that one gateway works on: six large blocks with their fragments."""
+
+GATEWAY_GET_BYTES_MAX: Final = 96 * MIB
+"""Buffers of all gets that one gateway works on, until their bytes are handed over."""
+
+BLOCK_ROWS_CACHED_MAX: Final = 32_768
+"""Rows of the block index that a gateway keeps: some 10 MB."""
 
 LISTING_PAGE_MAX: Final = 2_000
 """Entries on one page of a listing."""
@@ -88,3 +100,4 @@ assert SMALL_BLOCK_BYTES < BLOCK_BYTES_MAX < VOLUME_BYTES_TARGET
 assert INLINE_FILE_BYTES_MAX < SMALL_BLOCK_BYTES
 assert NODE_QUEUE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert BATCH_BLOCKS_MAX <= FRAME_ITEMS_MAX
+assert GATEWAY_PUT_BYTES_MAX > 4 * BATCH_BODY_BYTES_MAX
