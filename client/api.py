@@ -13,23 +13,25 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import orjson
 
-from client.batches import (
+from client.batches import bodies, framed, or_error, until_settled
+from client.entries import Entry, NewEntry
+from client.replies import (
+    Committed,
+    Page,
     batch_results,
-    bodies,
-    entry_or_error,
-    framed,
-    or_error,
-    until_settled,
+    commit_results,
+    deleted_count,
+    entry_of,
+    json_object,
+    missing_blocks,
+    page_of,
     verified_frames,
 )
-from client.entries import Entry, NewEntry, parse_entry
-from client.replies import json_list, json_object
 from client.retry import RetryPolicy
 from client.transport import Call, LostReply, Transport, text_query
 from protocol import block_frames
@@ -61,22 +63,6 @@ _CONNECTIONS = 32
 _FETCH_ROUNDS_MAX = 64
 _HASH_IN_LOOP_BYTES = 16 * 1024
 """Below this, hashing takes less time than handing the work to a thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Answer to one commit; `created` is False where identical content stood there already."""
-
-    entry: Entry
-    created: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One page of a listing; `cursor` is None on the last."""
-
-    entries: tuple[Entry, ...]
-    cursor: str | None
 
 
 class HaversackClient:
@@ -139,44 +125,45 @@ class HaversackClient:
         """Which of `blocks` must be uploaded.  The others are claimed for the caller."""
         missing: set[BlockHash] = set()
         for start in range(0, len(blocks), BATCH_BLOCKS_MAX):
-            some = blocks[start : start + BATCH_BLOCKS_MAX]
-            answer = await self._post_json(
-                "/v1/blocks/check", {"hashes": [block.hex() for block in some]}
-            )
-            named = {BlockHash.parse(text) for text in json_list(answer, "missing", None, "check")}
-            if not named <= set(some):
-                raise CorruptReply("the answer to check names blocks that were not asked about")
-            missing |= named
+            missing |= await self._check_some(blocks[start : start + BATCH_BLOCKS_MAX])
         return missing
+
+    async def _check_some(self, some: Sequence[BlockHash]) -> set[BlockHash]:
+        body = orjson.dumps({"hashes": [block.hex() for block in some]})
+        return await self._transport.call(
+            Call("POST", "/v1/blocks/check", body=[body]),
+            lambda reply: missing_blocks(reply, some),
+        )
 
     async def put_block(self, block: BlockHash, data: Buffer) -> bool:
         """Upload one block.  True if it was new to the store.
 
         `block` must be the hash of `data`: the server refuses anything else (`HashMismatch`).
         """
-        reply = await self._transport.call(
+        return await self._transport.call(
             Call(
                 "PUT",
                 f"/v1/blocks/{block}",
                 body=[data],
                 media_type="application/octet-stream",
-            )
+            ),
+            lambda reply: bool(json_object(reply, "a block upload").get("new")),
         )
-        return bool(json_object(reply.body, "a block upload").get("new", reply.status == 201))
 
     async def get_block(self, block: BlockHash) -> bytes:
         """Download one block.  Raises `BlockNotFound`; retries an answer with wrong bytes, then
         raises `CorruptReply`."""
         backoff = self._transport.backoff()
         while True:
-            reply = await self._transport.call(
-                Call("GET", f"/v1/blocks/{block}", answer_bytes_max=BLOCK_BYTES_MAX)
+            data = await self._transport.call(
+                Call("GET", f"/v1/blocks/{block}", answer_bytes_max=BLOCK_BYTES_MAX),
+                lambda reply: reply.body,
             )
-            if await self._hash(reply.body) == block:
-                return reply.body
+            if await self._hash(data) == block:
+                return data
             await backoff.pause(
                 CorruptReply(
-                    f"the server sent {len(reply.body)} bytes for block {block} that hash to "
+                    f"the server sent {len(data)} bytes for block {block} that hash to "
                     "something else",
                     {"hash": str(block)},
                 )
@@ -185,10 +172,12 @@ class HaversackClient:
     async def head_block(self, block: BlockHash) -> int | None:
         """Length of a block in bytes; None if there is none that the caller may read."""
         try:
-            reply = await self._transport.call(Call("HEAD", f"/v1/blocks/{block}"))
+            return await self._transport.call(
+                Call("HEAD", f"/v1/blocks/{block}"),
+                lambda reply: int(reply.headers.get("Content-Length", "0")),
+            )
         except (BlockNotFound, EntryNotFound):  # an answer to HEAD has no body to tell the kind
             return None
-        return int(reply.headers.get("Content-Length", "0"))
 
     async def put_blocks(
         self, blocks: Sequence[tuple[BlockHash, Buffer]]
@@ -207,15 +196,15 @@ class HaversackClient:
         self, blocks: Sequence[tuple[BlockHash, Buffer]]
     ) -> list[bool | HaversackError]:
         async def send(some: Sequence[tuple[BlockHash, Buffer]]) -> list[bool | HaversackError]:
-            reply = await self._transport.call(
+            return await self._transport.call(
                 Call(
                     "POST",
                     "/v1/blocks/batch",
                     body=[framed(some)],
                     media_type=block_frames.MEDIA_TYPE,
-                )
+                ),
+                lambda reply: batch_results(reply, len(some)),
             )
-            return batch_results(json_object(reply.body, "a batch of blocks"), len(some))
 
         return await until_settled(blocks, send, self._transport.backoff())
 
@@ -242,18 +231,19 @@ class HaversackClient:
         self, some: Sequence[BlockHash], found: dict[BlockHash, Buffer | HaversackError]
     ) -> None:
         """One framed answer into `found`; blocks it did not bring in good order stay out."""
-        reply = await self._transport.call(
+        body = await self._transport.call(
             Call(
                 "POST",
                 "/v1/blocks/fetch",
                 body=[orjson.dumps({"hashes": [block.hex() for block in some]})],
                 answer_bytes_max=BATCH_BODY_BYTES_MAX + BLOCK_BYTES_MAX,
-            )
+            ),
+            lambda reply: reply.body,
         )
         asked = set(some)
         unavailable: list[BlockHash] = []
         try:
-            frames = await self.run(lambda: verified_frames(reply.body))
+            frames = await self.run(lambda: verified_frames(body))
         except CorruptReply:
             return
         for block, status, data in frames:
@@ -273,16 +263,15 @@ class HaversackClient:
     async def commit(self, new: NewEntry) -> Committed:
         """Make one version.  Raises `RevConflict`, `MissingBlocks`, `InvalidPath`, and
         `UnknownOutcome` if no answer could be had; repeating an identical commit is harmless."""
-        reply = await self._transport.call(
+        return await self._transport.call(
             Call(
                 "POST",
                 "/v1/metadata/commit",
                 LostReply.CONFIRM,
                 body=[orjson.dumps(new.to_json())],
-            )
+            ),
+            lambda reply: Committed(entry_of(reply, "a commit"), reply.status == 201),
         )
-        answer = json_object(reply.body, "a commit")
-        return Committed(parse_entry(answer.get("entry", answer)), reply.status == 201)
 
     async def commit_many(self, entries: Sequence[NewEntry]) -> list[Entry | HaversackError]:
         """Make up to 1,000 versions in one call: the entry or the error of each, in order.
@@ -295,12 +284,10 @@ class HaversackClient:
         async def send(some: Sequence[NewEntry]) -> list[Entry | HaversackError]:
             body = orjson.dumps({"entries": [new.to_json() for new in some]})
             assert len(body) <= JSON_BODY_BYTES_MAX, "batches are cut by json_bytes_at_most"
-            reply = await self._transport.call(
-                Call("POST", "/v1/metadata/commit_batch", LostReply.CONFIRM, body=[body])
+            return await self._transport.call(
+                Call("POST", "/v1/metadata/commit_batch", LostReply.CONFIRM, body=[body]),
+                lambda reply: commit_results(reply, len(some)),
             )
-            answer = json_object(reply.body, "a batch of commits")
-            results = json_list(answer, "results", len(some), "a batch of commits")
-            return [entry_or_error(result) for result in results]
 
         return await until_settled(entries, send, self._transport.backoff())
 
@@ -313,15 +300,13 @@ class HaversackClient:
         limit: int = LISTING_PAGE_MAX,
     ) -> Page:
         """One page of what is under a folder.  Raises `EntryNotFound`."""
-        answer = await self._get_json(
-            "/v1/metadata/list",
-            text_query(path=path, recursive=recursive, cursor=cursor, limit=limit),
-        )
-        entries = json_list(answer, "entries", None, "a listing")
-        following = answer.get("cursor")
-        return Page(
-            tuple(parse_entry(entry) for entry in entries),
-            None if following is None else str(following),
+        return await self._transport.call(
+            Call(
+                "GET",
+                "/v1/metadata/list",
+                query=text_query(path=path, recursive=recursive, cursor=cursor, limit=limit),
+            ),
+            page_of,
         )
 
     async def iter_folder(self, path: str, *, recursive: bool = False) -> AsyncIterator[Entry]:
@@ -339,7 +324,10 @@ class HaversackClient:
 
     async def entry(self, path: str) -> Entry:
         """What stands at a path.  Raises `EntryNotFound`."""
-        return parse_entry(await self._get_json("/v1/metadata/entry", text_query(path=path)))
+        return await self._transport.call(
+            Call("GET", "/v1/metadata/entry", query=text_query(path=path)),
+            lambda reply: entry_of(reply, "a path"),
+        )
 
     async def delete(self, path: str, parent_rev: str | None = None) -> int:
         """Delete a file or a folder with all under it; versions are kept.  Entries deleted.
@@ -350,14 +338,14 @@ class HaversackClient:
         if parent_rev is not None:
             request["parent_rev"] = parent_rev
         try:
-            reply = await self._transport.call(
-                Call("POST", "/v1/metadata/delete", LostReply.TELL, body=[orjson.dumps(request)])
+            return await self._transport.call(
+                Call("POST", "/v1/metadata/delete", LostReply.TELL, body=[orjson.dumps(request)]),
+                deleted_count,
             )
         except UnknownOutcome as error:
             raise UnknownOutcome(
                 f"deleting {path!r}: {error} ({await self._standing(path)})", error.details
             ) from error
-        return int(json_object(reply.body, "a delete").get("deleted", 0))
 
     async def _standing(self, path: str) -> str:
         try:
@@ -370,16 +358,15 @@ class HaversackClient:
 
     async def make_folder(self, path: str) -> Entry:
         """Make a folder and its parents; an existing folder is a success."""
-        reply = await self._transport.call(
+        return await self._transport.call(
             Call(
                 "POST",
                 "/v1/metadata/folder",
                 LostReply.CONFIRM,
                 body=[orjson.dumps({"path": path})],
-            )
+            ),
+            lambda reply: entry_of(reply, "making a folder"),
         )
-        answer = json_object(reply.body, "making a folder")
-        return parse_entry(answer.get("entry", answer))
 
     # ------------------------------------------------------------ account, admin
 
@@ -394,20 +381,15 @@ class HaversackClient:
     async def is_ready(self) -> bool:
         """Whether the server says that it serves; False also when it cannot be reached."""
         try:
-            await self._transport.call(Call("GET", "/readyz", anonymous=True))
+            await self._transport.call(Call("GET", "/readyz", anonymous=True), lambda _: None)
         except HaversackError:
             return False
         return True
 
     # ------------------------------------------------------------------ plumbing
 
-    async def _get_json(self, path: str, query: dict[str, str] | None = None) -> dict[str, Any]:
-        reply = await self._transport.call(Call("GET", path, query=query or {}))
-        return json_object(reply.body, path)
-
-    async def _post_json(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
-        reply = await self._transport.call(Call("POST", path, body=[orjson.dumps(value)]))
-        return json_object(reply.body, path)
+    async def _get_json(self, path: str) -> dict[str, Any]:
+        return await self._transport.call(Call("GET", path), lambda reply: json_object(reply, path))
 
     async def _hash(self, data: bytes) -> BlockHash:
         if len(data) <= _HASH_IN_LOOP_BYTES:

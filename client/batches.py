@@ -1,4 +1,4 @@
-"""Bodies that carry many items: cut, framed, read back, and repeated item by item.
+"""Bodies that carry many items: cut, framed, and repeated item by item.
 
 Used by `client.api` only.  May import `protocol`, `client.entries`, `client.replies`,
 `client.retry`.
@@ -7,15 +7,13 @@ Used by `client.api` only.  May import `protocol`, `client.entries`, `client.rep
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from client.entries import Entry, parse_entry
-from client.replies import error_of_json, json_list
 from client.retry import Backoff
 from protocol import block_frames
 from protocol.block_frames import FrameStatus
-from protocol.errors import CorruptReply, HaversackError, RetryLater, UnknownOutcome
-from protocol.hashing import Buffer, hash_block
+from protocol.errors import HaversackError, RetryLater, UnknownOutcome
+from protocol.hashing import Buffer
 from protocol.ids import BlockHash
 from protocol.limits import BATCH_BLOCKS_MAX, BATCH_BODY_BYTES_MAX
 
@@ -46,51 +44,6 @@ def framed(blocks: Sequence[tuple[BlockHash, Buffer]]) -> bytes:
         pieces.append(block_frames.pack_frame_header(block, FrameStatus.OK, len(data)))
         pieces.append(data)
     return b"".join(pieces)
-
-
-def batch_results(answer: dict[str, Any], length: int) -> list[bool | HaversackError]:
-    """Per block of a batch: created, existed, or its error.  Raises `CorruptReply`."""
-    words = json_list(answer, "results", length, "a batch of blocks")
-    errors: dict[int, HaversackError] = {}
-    try:
-        for item in answer.get("errors") or ():
-            errors[int(item["index"])] = error_of_json(item["error"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptReply(f"the errors of a batch of blocks cannot be read: {error}") from error
-    results: list[bool | HaversackError] = []
-    for index, word in enumerate(words):
-        if word in ("created", "exists"):
-            results.append(word == "created")
-        else:
-            results.append(errors.get(index) or HaversackError(f"block refused: {word!r}"))
-    return results
-
-
-def entry_or_error(result: Any) -> Entry | HaversackError:
-    """One result of a batch of commits.  Raises `CorruptReply`."""
-    if isinstance(result, dict) and result.get("entry") is not None:
-        return parse_entry(result["entry"])
-    try:
-        return error_of_json(result["error"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptReply(f"a result of a batch of commits cannot be read: {error}") from error
-
-
-def verified_frames(
-    body: bytes,
-) -> list[tuple[BlockHash, FrameStatus, memoryview | None]]:
-    """Frames of an answer; None for a block whose bytes do not hash to its name.
-
-    Runs in a thread.  Raises `CorruptReply` for a body that is not framed.
-    """
-    frames: list[tuple[BlockHash, FrameStatus, memoryview | None]] = []
-    try:
-        for block, status, data in block_frames.iter_frames(body):
-            good = status is FrameStatus.OK and hash_block(data) == block
-            frames.append((block, status, data if good else None))
-    except HaversackError as error:
-        raise CorruptReply(f"the answer to a fetch is not framed: {error}") from error
-    return frames
 
 
 async def until_settled(

@@ -1,89 +1,55 @@
-"""Read what the server answered: errors by their stable kind, entries, blocks to repeat.
+"""Read successful answers.  Every function raises `CorruptReply` for one that the API cannot give.
 
-Used by `client.transport` and `client.api`.  May import `protocol` and `client.entries` only.
+Used by `client.api` (as the `read` of a call) only.  May import `protocol`, `client.entries` and
+`client.failures`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from protocol.errors import (
-    BadRequest,
-    CorruptReply,
-    EntryNotFound,
-    Forbidden,
-    HaversackError,
-    OperatorNeeded,
-    Overloaded,
-    RetryLater,
-    Unauthenticated,
-    UnknownOutcome,
-    rebuild,
-)
-
-_MESSAGE_CHARACTERS_MAX = 500
-
-_GROUP_BY_STATUS: dict[int, type[HaversackError]] = {
-    401: Unauthenticated,
-    403: Forbidden,
-    404: EntryNotFound,
-    408: RetryLater,
-    425: RetryLater,
-    429: Overloaded,
-    500: HaversackError,
-    502: UnknownOutcome,  # a proxy lost the server: it may have done the work
-    503: RetryLater,
-    504: UnknownOutcome,
-    507: RetryLater,
-}
+from client.entries import Entry, parse_entry
+from client.failures import error_of_json
+from protocol import block_frames
+from protocol.block_frames import FrameStatus
+from protocol.errors import CorruptReply, HaversackError, MalformedHash
+from protocol.hashing import hash_block
+from protocol.ids import BlockHash
 
 
-def group_of_status(status: int) -> type[HaversackError]:
-    """The error group of an HTTP status, for answers whose kind we do not know."""
-    known = _GROUP_BY_STATUS.get(status)
-    if known is not None:
-        return known
-    if 400 <= status < 500:
-        return BadRequest
-    return OperatorNeeded if 500 <= status < 600 else HaversackError
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A successful answer, complete."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
-def error_of_answer(status: int, body: bytes, headers: Mapping[str, str]) -> HaversackError:
-    """Rebuild the error that an answer of status >= 300 carries."""
-    group = group_of_status(status)
-    try:
-        described = orjson.loads(body)["error"]
-        error = error_of_json(described, group)
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        error = rebuild(
-            "", f"the server answered HTTP {status} without a reason of ours", {}, group
-        )
-        error.details["kind"] = f"http_{status}"
-    retry_after_s = _seconds(headers.get("Retry-After"))
-    if retry_after_s is not None:
-        error.details["retry_after_s"] = retry_after_s
-    error.details.setdefault("status", status)
-    return error
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Answer to one commit; `created` is False where identical content stood there already."""
+
+    entry: Entry
+    created: bool
 
 
-def error_of_json(described: Any, group: type[HaversackError] = HaversackError) -> HaversackError:
-    """Rebuild an error from its JSON form `{"kind", "message", "details"}`."""
-    details = described.get("details")
-    return rebuild(
-        str(described["kind"]),
-        str(described["message"])[:_MESSAGE_CHARACTERS_MAX],
-        details if isinstance(details, dict) else {},
-        group,
-    )
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing; `cursor` is None on the last."""
+
+    entries: tuple[Entry, ...]
+    cursor: str | None
 
 
-def json_object(body: bytes, what: str) -> dict[str, Any]:
+def json_object(reply: Reply, what: str) -> dict[str, Any]:
     """The JSON object in a successful answer.  Raises `CorruptReply` for anything else."""
     try:
-        value = orjson.loads(body)
+        value = orjson.loads(reply.body)
     except orjson.JSONDecodeError as error:
         raise CorruptReply(
             f"the answer to {what} is not JSON: is --server a Haversack cell?"
@@ -93,7 +59,7 @@ def json_object(body: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def json_list(answer: Mapping[str, Any], field: str, length: int | None, what: str) -> list[Any]:
+def _list(answer: Mapping[str, Any], field: str, length: int | None, what: str) -> list[Any]:
     """A list inside an answer, of a given length unless None.  Raises `CorruptReply`."""
     value = answer.get(field)
     if not isinstance(value, list):
@@ -105,8 +71,91 @@ def json_list(answer: Mapping[str, Any], field: str, length: int | None, what: s
     return value
 
 
-def _seconds(text: str | None) -> float | None:
-    """`Retry-After` in seconds; its date form is treated as absent."""
-    if text is None or not text.isascii() or not text.isdigit():
-        return None
-    return float(min(int(text), 3600))
+def missing_blocks(reply: Reply, asked: Sequence[BlockHash]) -> set[BlockHash]:
+    """Which blocks a check found missing."""
+    answer = json_object(reply, "a check of blocks")
+    texts = _list(answer, "missing", None, "a check of blocks")
+    try:
+        named = {BlockHash.parse(text) for text in texts}
+    except (MalformedHash, TypeError) as error:
+        raise CorruptReply("the answer to a check names something that is no block") from error
+    if not named <= set(asked):
+        raise CorruptReply("the answer to a check names blocks that were not asked about")
+    return named
+
+
+def entry_of(reply: Reply, what: str) -> Entry:
+    """An entry, bare or as the field `entry`."""
+    answer = json_object(reply, what)
+    return parse_entry(answer.get("entry", answer))
+
+
+def page_of(reply: Reply) -> Page:
+    """One page of a listing."""
+    answer = json_object(reply, "a listing")
+    following = answer.get("cursor")
+    return Page(
+        tuple(parse_entry(entry) for entry in _list(answer, "entries", None, "a listing")),
+        None if following is None else str(following),
+    )
+
+
+def deleted_count(reply: Reply) -> int:
+    """How many entries a delete removed."""
+    count = json_object(reply, "a delete").get("deleted")
+    if not isinstance(count, int):
+        raise CorruptReply("the answer to a delete does not say how much it deleted")
+    return count
+
+
+def commit_results(reply: Reply, length: int) -> list[Entry | HaversackError]:
+    """Per entry of a batch of commits: the entry or its error."""
+    answer = json_object(reply, "a batch of commits")
+    results = _list(answer, "results", length, "a batch of commits")
+    return [_entry_or_error(result) for result in results]
+
+
+def _entry_or_error(result: Any) -> Entry | HaversackError:
+    """One result of a batch of commits.  Raises `CorruptReply`."""
+    if isinstance(result, dict) and result.get("entry") is not None:
+        return parse_entry(result["entry"])
+    try:
+        return error_of_json(result["error"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptReply(f"a result of a batch of commits cannot be read: {error}") from error
+
+
+def batch_results(reply: Reply, length: int) -> list[bool | HaversackError]:
+    """Per block of a batch: created, existed, or its error.  Raises `CorruptReply`."""
+    answer = json_object(reply, "a batch of blocks")
+    words = _list(answer, "results", length, "a batch of blocks")
+    errors: dict[int, HaversackError] = {}
+    try:
+        for item in answer.get("errors") or ():
+            errors[int(item["index"])] = error_of_json(item["error"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptReply(f"the errors of a batch of blocks cannot be read: {error}") from error
+    results: list[bool | HaversackError] = []
+    for index, word in enumerate(words):
+        if word in ("created", "exists"):
+            results.append(word == "created")
+        else:
+            results.append(errors.get(index) or HaversackError(f"block refused: {word!r}"))
+    return results
+
+
+def verified_frames(
+    body: bytes,
+) -> list[tuple[BlockHash, FrameStatus, memoryview | None]]:
+    """Frames of an answer; None for a block whose bytes do not hash to its name.
+
+    Runs in a thread.  Raises `CorruptReply` for a body that is not framed.
+    """
+    frames: list[tuple[BlockHash, FrameStatus, memoryview | None]] = []
+    try:
+        for block, status, data in block_frames.iter_frames(body):
+            good = status is FrameStatus.OK and hash_block(data) == block
+            frames.append((block, status, data if good else None))
+    except HaversackError as error:
+        raise CorruptReply(f"the answer to a fetch is not framed: {error}") from error
+    return frames

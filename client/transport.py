@@ -1,7 +1,7 @@
 """One HTTP call: sent, retried while that is safe, answered or turned into an error of ours.
 
 Step 1 of every walk that starts at a client.  Called by `client.api` only; may import `protocol`
-and `client.retry`/`client.replies`.
+and `client.retry`, `client.replies`, `client.failures`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import enum
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
-from multidict import CIMultiDictProxy
 from yarl import URL
 
-from client.replies import error_of_answer
+from client.failures import error_of_answer
+from client.replies import Reply
 from client.retry import Backoff, RetryPolicy
 from protocol.clock import Clock
 from protocol.errors import (
@@ -32,6 +32,8 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.limits import BATCH_BODY_BYTES_MAX, MIB
+
+T = TypeVar("T")
 
 _CONNECT_S = 5.0
 _SILENCE_S = 60.0
@@ -77,15 +79,6 @@ class Call:
     def what(self) -> str:
         """For messages."""
         return f"{self.method} {self.path}"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A successful answer, complete."""
-
-    status: int
-    headers: CIMultiDictProxy[str]
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +141,19 @@ class Transport:
         """Fresh attempts under this client's policy."""
         return Backoff(self._policy, self._clock, self._rng)
 
-    async def call(self, call: Call) -> Reply:
-        """Send until answered.
+    async def call(self, call: Call, read: Callable[[Reply], T]) -> T:
+        """Send until answered, and return what `read` makes of the answer.
 
-        Raises the server's error, `ServerUnreachable` or `CorruptReply` once no attempt is left,
-        and `UnknownOutcome` if the call may have been done and no answer could be had.
+        `read` raises `CorruptReply` for an answer that is not what the API promises: such a call
+        counts as one whose answer was lost.  Raises the server's error, `ServerUnreachable` or
+        `CorruptReply` once no attempt is left, and `UnknownOutcome` if the call may have been done
+        and no answer could be had.
         """
         backoff = self.backoff()
         maybe_done = False
         while True:
-            outcome = await self._attempt(call)
-            if isinstance(outcome, Reply):
+            outcome = await self._attempt(call, read)
+            if not isinstance(outcome, _Failure):
                 return outcome
             error = outcome.error
             maybe_done = maybe_done or outcome.maybe_done
@@ -173,7 +168,7 @@ class Transport:
                     raise _unknown(call, last) from last
                 raise
 
-    async def _attempt(self, call: Call) -> Reply | _Failure:
+    async def _attempt(self, call: Call, read: Callable[[Reply], T]) -> T | _Failure:
         assert self._session is not None, "use the client inside `async with`"
         try:
             async with self._session.request(
@@ -185,7 +180,7 @@ class Transport:
             ) as response:
                 body = await _read_body(response, call)
                 if response.status < 300:
-                    return Reply(response.status, response.headers, body)
+                    return read(Reply(response.status, response.headers, body))
                 error = error_of_answer(response.status, body, response.headers)
                 return _Failure(error, isinstance(error, UnknownOutcome))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
