@@ -1,0 +1,146 @@
+"""`python -m bench` (`make bench`): the data path against limits taken in the same run.
+
+Order: limits, a fresh cell, PUT, GET, small blocks, check, memory, idle, limits again, restart,
+three of nine nodes destroyed, degraded GET beside healthy GET.  Takes some four minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from bench import processes, report
+from bench.cell import Cell
+from bench.measures import (
+    PUT_BLOCKS,
+    SMALL,
+    Bench,
+    Figure,
+    idle_cpu_share,
+    measure_limits,
+)
+from bench.report import Report, Target
+from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, MIB
+
+IDLE_S = 20.0
+SMALL_PUTS = 6_000
+BATCH = 1_000
+BATCHED = 40_000
+CHECKS = 40
+
+
+class Run:
+    """One run: figures and targets as they come."""
+
+    def __init__(self) -> None:
+        self.figures: list[Figure] = []
+        self.targets: list[Target] = []
+
+    def note(self, figure: Figure) -> Figure:
+        """Keep a figure and say that it is done."""
+        self.figures.append(figure)
+        print(f"{figure.name:44} {figure.clients:3} clients {figure.mb_s:9.1f} MB/s", flush=True)
+        return figure
+
+    def need(self, measure: str, value: float, unit: str, bound: float, basis: str = "") -> None:
+        """A value that must be at least `bound`."""
+        self.targets.append(Target(measure, value, unit, bound, True, basis))
+
+    def allow(self, measure: str, value: float, unit: str, bound: float, basis: str = "") -> None:
+        """A value that must be at most `bound`."""
+        self.targets.append(Target(measure, value, unit, bound, False, basis))
+
+    def limits(self) -> dict[str, Figure]:
+        """P and H with one client and with eight; returns those with eight."""
+        for figure in measure_limits(1).values():
+            self.note(figure)
+        eight = measure_limits(8)
+        for figure in eight.values():
+            self.note(figure)
+        return eight
+
+    def blocks(self, bench: Bench, gateway_pid: int) -> tuple[Figure, Figure, int]:
+        """PUT and GET of 4 MiB; returns the figures with eight clients and the first block."""
+        size = BLOCK_BYTES_MAX
+        first, figure = bench.write("PUT 4 MiB, durable", "put", 1, PUT_BLOCKS // 2, size)
+        self.note(figure)
+        processes.reset_peak(gateway_pid)
+        first, put = bench.write("PUT 4 MiB, durable", "put", 8, PUT_BLOCKS, size)
+        self.note(put)
+        peak = processes.peak_bytes(gateway_pid) / MIB
+        self.allow("gateway's peak memory, 8 parallel PUTs", peak, "MiB", 300, "VmHWM")
+        self.note(bench.read("GET 4 MiB", "get", 1, first, PUT_BLOCKS, size))
+        return put, self.note(bench.read("GET 4 MiB", "get", 8, first, PUT_BLOCKS, size)), first
+
+    def small(self, bench: Bench) -> None:
+        """1 KiB blocks, one by one and in batches; check."""
+        first, figure = bench.write("PUT 1 KiB one by one", "put", 64, SMALL_PUTS, SMALL)
+        self.note(figure)
+        self.need("PUT 1 KiB one by one, 64 clients", figure.operations_s, "/s", 1_000)
+        figure = self.note(bench.read("GET 1 KiB one by one", "get", 64, first, SMALL_PUTS, SMALL))
+        self.need("GET 1 KiB one by one, 64 clients", figure.operations_s, "/s", 2_053, "peer")
+        name = f"PUT 1 KiB, batches of {BATCH:,}"
+        first, figure = bench.write(name, "batch", 8, BATCHED, SMALL, BATCH)
+        self.note(figure)
+        self.need("PUT 1 KiB through /v1/blocks/batch", figure.operations_s, "/s", 8_000)
+        name = f"fetch 1 KiB, batches of {BATCH:,}"
+        self.note(bench.read(name, "fetch", 8, first, BATCHED, SMALL, BATCH))
+        count = BATCHED - BATCHED % BATCH_BLOCKS_MAX
+        name = f"check of {BATCH_BLOCKS_MAX:,} hashes"
+        rounds = [
+            bench.read(name, "check", 1, first, count, SMALL, BATCH_BLOCKS_MAX)
+            for _ in range(CHECKS * BATCH_BLOCKS_MAX // count)
+        ]
+        self.note(rounds[-1])
+        p50 = sorted(figure.p50_ms for figure in rounds)[len(rounds) // 2]
+        self.allow(f"{name}, p50", p50, "ms", 25)
+
+    def idle(self, cell: Cell) -> None:
+        """Memory and CPU of a cell that nobody uses."""
+        share = idle_cpu_share(cell.pid, IDLE_S)
+        used = processes.memory(cell.pid)
+        basis = f"{used.processes} processes, PSS {used.pss / 1e9:.2f} GB"
+        self.allow("idle cell, USS of all processes", used.uss / 1e9, "GB", 1.0, basis)
+        self.allow("idle cell, CPU", share * 100, "% of a core", 10, f"over {IDLE_S:.0f} s")
+
+
+def main() -> int:
+    """Run everything; exit code 1 if a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--save", action="store_true", help="keep the result in bench/results/")
+    arguments = parser.parse_args()
+    run = Run()
+    seed = int.from_bytes(os.urandom(4))
+    with Cell() as cell:
+        print(f"a new cell was ready after {cell.start():.1f} s", flush=True)
+        run.idle(cell)
+        bench = Bench(cell, seed)
+        before = run.limits()
+        put, get, first = run.blocks(bench, cell.gateway_pid)
+        after = run.limits()
+        p = (before["P"].mb_s + after["P"].mb_s) / 2
+        h = (before["H"].mb_s + after["H"].mb_s) / 2
+        run.need("PUT 4 MiB, 8 clients", put.mb_s / p, "P", 0.35, f"{put.mb_s:.0f} / {p:.0f} MB/s")
+        run.need("GET 4 MiB, 8 clients", get.mb_s / h, "H", 0.2, f"{get.mb_s:.0f} / {h:.0f} MB/s")
+        run.small(bench)
+        cell.stop()
+        restart_s = cell.start()
+        run.allow("up to ready on an existing directory", restart_s, "s", 10)
+        size = BLOCK_BYTES_MAX
+        healthy = run.note(bench.read("GET 4 MiB, healthy", "get", 8, first, PUT_BLOCKS, size))
+        lost = cell.destroy_nodes(3)
+        name = f"GET 4 MiB, {len(lost)} of 9 nodes gone"
+        degraded = run.note(bench.read(name, "get", 8, first, PUT_BLOCKS, size))
+        basis = f"{degraded.mb_s:.0f} / {healthy.mb_s:.0f} MB/s"
+        ratio = degraded.mb_s / healthy.mb_s
+        run.need("GET 4 MiB, 3 of 9 nodes gone", ratio, "healthy", 0.6, basis)
+    result = Report(report.now(), report.machine(), run.figures, run.targets)
+    report.show(result)
+    if arguments.save:
+        print(f"kept in {report.save(result)}")
+    return 0 if all(target.reached for target in run.targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
