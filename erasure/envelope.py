@@ -61,6 +61,7 @@ KEEP_DENOMINATOR: Final = 8
 _ASSOCIATED = struct.Struct("<4sBBHIII")
 _SEALING = struct.Struct("<12s16s8x")
 _CHECKSUM = struct.Struct("<Q")
+_PLAIN_LENGTH = slice(8, 12)
 _CHECKSUM_OFFSET = _ASSOCIATED.size + _SEALING.size
 assert _CHECKSUM_OFFSET + _CHECKSUM.size == ENVELOPE_BYTES
 
@@ -158,6 +159,13 @@ def unseal(stored: Buffer, keyring: Keyring | None) -> Buffer:
             f"stored block declares {header.plain_length} plain bytes and holds {len(payload)}"
         )
     return payload
+
+
+def peek_plain_length(stored: Buffer) -> int:
+    """The plain length that an envelope declares, unverified; zero if there is none."""
+    if len(stored) < ENVELOPE_BYTES:
+        return 0
+    return int.from_bytes(stored[_PLAIN_LENGTH], "little")
 
 
 def _verify(view: memoryview) -> _Header:

@@ -13,7 +13,7 @@ block index.  Pure functions over bytes; imports no codec, so a storage node sta
     9       3     reserved, zero
     12      4     length of the stored block (envelope included), bytes
     16      4     length of this fragment's payload, bytes
-    20      4     reserved, zero
+    20      4     plain length of the block, bytes (zero: empty, or not told)
     24      8     volume id
     32      8     epoch of the volume when the fragment was written
     40      32    block hash: SHA-256 of the plain bytes
@@ -46,7 +46,7 @@ from protocol.limits import STORED_BLOCK_BYTES_MAX
 MAGIC: Final = b"HVSF"
 VERSION: Final = 1
 
-_FIELDS = struct.Struct("<4sB3sB3xII4xQQ32sQQ")
+_FIELDS = struct.Struct("<4sB3sB3xIIIQQ32sQQ")
 _CHECKSUM = struct.Struct("<Q")
 
 FRAGMENT_HEADER_BYTES: Final = _FIELDS.size + _CHECKSUM.size
@@ -68,12 +68,15 @@ class Fragment(NamedTuple):
     """A view into the record."""
     stripe_tag: int
     """Decode only fragments of one tag together."""
+    plain_length: int
+    """What the block index says of the block; so that it can be rebuilt from headers alone."""
 
 
 class _Header(NamedTuple):
     scheme: Scheme
     slot: int
     stored_length: int
+    plain_length: int
     volume: VolumeId
     epoch: int
     block: BlockHash
@@ -90,10 +93,11 @@ def pack_header(
     stored_length: int,
     payload: Buffer,
     stripe_tag: int = 0,
+    plain_length: int = 0,
 ) -> bytes:
     """The `FRAGMENT_HEADER_BYTES` in front of `payload`; the two are never joined here.
 
-    `stripe_tag` identifies the stored bytes (`erasure.stripe` sets it).
+    `stripe_tag` identifies the stored bytes; `erasure.stripe` gives it, and `plain_length`.
     """
     assert 0 <= slot < scheme.n
     assert stored_length <= STORED_BLOCK_BYTES_MAX
@@ -105,6 +109,7 @@ def pack_header(
         slot,
         stored_length,
         len(payload),
+        plain_length,
         volume,
         epoch,
         block,
@@ -137,6 +142,7 @@ def parse(record: Buffer) -> Fragment:
         header.stored_length,
         payload,
         header.stripe_tag,
+        header.plain_length,
     )
 
 
@@ -175,6 +181,7 @@ def _parse_header(view: memoryview) -> _Header:
         slot,
         stored_length,
         payload_length,
+        plain_length,
         volume,
         epoch,
         block,
@@ -199,6 +206,7 @@ def _parse_header(view: memoryview) -> _Header:
         scheme,
         slot,
         stored_length,
+        plain_length,
         VolumeId(volume),
         epoch,
         BlockHash(block),

@@ -49,9 +49,10 @@ def make_stripe(
     stored: bytes,
 ) -> list[tuple[bytes, Buffer]]:
     """Header and payload for each slot; the two are sent and written one after the other."""
-    tag = _stripe_tag(stored)
+    tag, length = _stripe_tag(stored), len(stored)
+    plain = envelope.peek_plain_length(stored)
     return [
-        (pack_header(scheme, slot, block, volume, epoch, len(stored), payload, tag), payload)
+        (pack_header(scheme, slot, block, volume, epoch, length, payload, tag, plain), payload)
         for slot, payload in enumerate(codec.encode(scheme, stored))
     ]
 
