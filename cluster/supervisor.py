@@ -1,0 +1,168 @@
+"""The controller of a one-machine cell: the only Ray driver (`python -m cluster.supervisor`).
+
+Started and restarted by `haversack up`.  Walk: start Ray, end the Ray services that a cell does
+not need, create the placement actor and one storage-node actor per node row of `cell.db`, watch
+Ray's own processes, stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or
+raylet dies this process ends, and `haversack up` starts it again: the cold start from SQL and
+disks is the ordinary start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import structlog
+
+from cluster.actor import remote_placement
+from cluster.cell import load_nodes
+from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME
+from protocol.allocator import release_free_memory
+from protocol.config import Settings, load
+from protocol.limits import MIB
+from sql.database import Database
+from sql.engine import sqlite_url
+from storage_node.actor import NodeConfig, remote_storage_node
+
+log = structlog.get_logger()
+
+OBJECT_STORE_BYTES = 80 * MIB
+"""Ray's own minimum: fragments never pass through the object store."""
+
+WATCH_S = 1.0
+STOP_NODE_S = 20.0
+
+UNUSED_SERVICES = ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "log_monitor.py")
+"""Ray processes that serve nothing here and cost some 50 MB each."""
+
+VITAL_SERVICES = ("gcs_server", "raylet")
+
+
+class Supervisor:
+    """Everything below Ray, in the order it starts and the reverse order it stops."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._session = Path(tempfile.mkdtemp(prefix="haversack-ray-"))
+        self._placement: Any = None
+        self._nodes: list[Any] = []
+
+    def start(self) -> None:
+        """Start Ray and all actors; returns before they have opened their disks."""
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(self._session),
+            _node_ip_address="127.0.0.1",
+        )
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        end_unused_services()
+        data = self._settings.data
+        self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(data))
+        for node in self._node_configs():
+            self._nodes.append(remote_storage_node().options(name=str(node.node_id)).remote(node))
+        release_free_memory()
+
+    def _node_configs(self) -> list[NodeConfig]:
+        database = Database(sqlite_url(self._settings.cell_database))
+        try:
+            cell, nodes = load_nodes(database)
+        finally:
+            database.close()
+        secret_file = self._settings.data / "cluster.secret"
+        return [
+            NodeConfig(
+                node_id=node.node_id,
+                directory=node.directory,
+                cluster_id=cell.cluster_id,
+                secret_file=str(secret_file),
+                bind_host="127.0.0.1",
+                capacity_bytes=self._settings.node_capacity_bytes,
+                namespace=NAMESPACE,
+                registrar=PLACEMENT_NAME,
+            )
+            for node in nodes
+        ]
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self._stopping.set()
+
+    def watch(self) -> bool:
+        """Until asked to stop (True) or a vital Ray process has ended (False)."""
+        vital = list(vital_services())
+        while not self._stopping.wait(WATCH_S):
+            for process in vital:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    log.error("a Ray service has ended", pid=process.pid)
+                    return False
+        return True
+
+    def stop(self) -> None:
+        """Close every store, then Ray.  Whatever does not answer in time is killed with Ray."""
+        calls = [node.stop.remote() for node in self._nodes]
+        _, late = ray.wait(calls, num_returns=len(calls), timeout=STOP_NODE_S)
+        if late:
+            log.warning("storage nodes did not close in time", count=len(late))
+        ray.wait([self._placement.stop.remote()], timeout=STOP_NODE_S)
+        ray.shutdown()
+
+    def clean_up(self) -> None:
+        """Remove Ray's session directory."""
+        shutil.rmtree(self._session, ignore_errors=True)
+
+
+def _services(names: tuple[str, ...]) -> Iterator[psutil.Process]:
+    """Children of this process whose command line names one of `names`."""
+    for process in psutil.Process().children():
+        try:
+            command = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if any(part.endswith(names) for part in command[:3]):
+            yield process
+
+
+def end_unused_services() -> None:
+    """SIGKILL the Ray services that a cell does not use: they are our own children."""
+    for process in _services(UNUSED_SERVICES):
+        process.kill()
+        process.wait()
+
+
+def vital_services() -> Iterator[psutil.Process]:
+    """The GCS and the raylet."""
+    yield from _services(VITAL_SERVICES)
+
+
+def main() -> int:
+    """Run until SIGTERM (0) or until Ray has failed (1)."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.supervisor")
+    parser.add_argument("--data", type=Path, required=True)
+    supervisor = Supervisor(load(data=parser.parse_args().data))
+    try:
+        supervisor.start()
+        if not supervisor.watch():
+            return 1
+        supervisor.stop()
+    finally:
+        supervisor.clean_up()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
