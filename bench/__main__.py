@@ -11,7 +11,6 @@ import os
 import sys
 
 from bench import processes, report
-from bench.cell import Cell
 from bench.measures import (
     PUT_BLOCKS,
     SMALL,
@@ -21,6 +20,7 @@ from bench.measures import (
     measure_limits,
 )
 from bench.report import Report, Target
+from chaos.live.cell import LiveCell
 from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, MIB
 
 IDLE_S = 20.0
@@ -96,7 +96,7 @@ class Run:
         p50 = sorted(figure.p50_ms for figure in rounds)[len(rounds) // 2]
         self.allow(f"{name}, p50", p50, "ms", 25)
 
-    def idle(self, cell: Cell) -> None:
+    def idle(self, cell: LiveCell) -> None:
         """Memory and CPU of a cell that nobody uses."""
         share = idle_cpu_share(cell.pid, IDLE_S)
         used = processes.memory(cell.pid)
@@ -112,7 +112,7 @@ def main() -> int:
     arguments = parser.parse_args()
     run = Run()
     seed = int.from_bytes(os.urandom(4))
-    with Cell() as cell:
+    with LiveCell() as cell:
         print(f"a new cell was ready after {cell.start():.1f} s", flush=True)
         run.idle(cell)
         bench = Bench(cell, seed)

@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 
 from bench import processes
-from bench.cell import Cell
 from bench.load import Job, Result
+from chaos.live.cell import LiveCell
 from protocol.limits import BLOCK_BYTES_MAX, KIB
 
 PUT_BLOCKS = 160
@@ -82,7 +82,7 @@ def limits_server() -> Iterator[tuple[int, int]]:
 class Bench:
     """Jobs against one cell, with a seed of its own so that every body is fresh."""
 
-    def __init__(self, cell: Cell, seed: int) -> None:
+    def __init__(self, cell: LiveCell, seed: int) -> None:
         self._cell = cell
         self._seed = seed
         self._next = 0

@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 PEERS = """\
 Other stores, each measured in another run on the same kind of machine, fsync on, 8 clients: an
 orientation, not a race.  OpenStack Swift 2.38, EC 6+3: PUT 67 MB/s, GET 176, degraded GET 166,
-1 KiB PUT 21/s, 1 KiB GET 75/s.  SeaweedFS 4.48, three copies: PUT 61 MB/s, GET 460, 1 KiB PUT 402/s,
-1 KiB GET 2,053/s; from its 10+4 shards GET 328, degraded 171 MB/s."""
+1 KiB PUT 21/s, 1 KiB GET 75/s.  SeaweedFS 4.48, three copies: PUT 61 MB/s, GET 460, 1 KiB PUT
+402/s, 1 KiB GET 2,053/s; from its 10+4 shards GET 328, degraded 171 MB/s."""
 
 
 class Target(msgspec.Struct, frozen=True):
