@@ -206,7 +206,8 @@ class LiveCell:
         """Wait until exactly `up` nodes are up."""
 
         def holds() -> bool:
-            return sum(node["state"] == "up" for node in self.status()["nodes"]) == up
+            states = [str(node["state"]) for node in self.status()["nodes"]]
+            return states.count("up") == up
 
         return self.wait_until(f"{up} nodes up", holds, seconds)
 
