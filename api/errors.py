@@ -39,6 +39,7 @@ ANSWERS: Final[Mapping[str, Answer]] = MappingProxyType(
         "stale_incarnation": _LATER,
         "not_enough_nodes": Answer(503, 5),
         "database_busy": _LATER,
+        "not_leader": _LATER,
         "overloaded": Answer(429, 1),
         "request_timeout": Answer(408),
         # It may have been done.

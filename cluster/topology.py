@@ -6,14 +6,19 @@ is lost).  Pure data and one transition function: imports nothing that does I/O,
 Life of a node
 --------------
 
-    joining --answered--> up <--answered-- suspect --lost--> down
-                          | \--missed----> suspect            |
-                          |                   |               |
-                          |--drain--> draining <--drain-------|
-                          |             |  \--lost--> down    |
-                          |          emptied                  |
-                          |             v                     v
-                          |          drained --removed-->  gone  <--removed-- joining, down
+                  removed
+    joining ----------------------------------------------------> gone
+       | answered                                                 ^  ^
+       v        missed            lost                  removed   |  |
+       up <=================> suspect ----------> down -----------+  |
+       |  ^     answered         |                ^  |               |
+       |  +----------------------+------ answered |--+               |
+       | drain                   | drain          | lost             |
+       v                         v                |                  |
+       draining <----------------+----------------+                  |
+       | emptied                                                     |
+       v                                                    removed  |
+       drained ------------------------------------------------------+
 
 `disk_failed` takes up, suspect, draining and drained straight to down.  `drain_cancelled` brings
 draining and drained back to up.  An answer from a node that is down brings it up again: its
@@ -139,7 +144,9 @@ class NodeView:
     """`host:port` of its data port; empty until the first registration."""
     pid: int
     capacity_bytes: int
+    free_bytes: int
     used_bytes: int
+    """Bytes of the fragments it holds."""
     fragments: int
     detail: str
 
@@ -181,7 +188,7 @@ class VolumeView:
     epoch: int
     slots: tuple[NodeId | None, ...]
     stored_bytes: int
-    """Stored bytes of its blocks before coding, as of when the row was read: changes unannounced."""
+    """Stored bytes of its blocks before coding when the row was read; grows unannounced."""
     blocks: int
 
     @property

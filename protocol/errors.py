@@ -9,6 +9,7 @@
     │   ├── StaleIncarnation      the caller spoke to a node's earlier life: refresh the map
     │   ├── NotEnoughNodes        fewer healthy failure domains than the operation needs
     │   ├── DatabaseBusy          the SQL database is locked or away
+    │   ├── NotLeader             another process holds the role now: ask that one
     │   ├── Overloaded            a bounded queue is full, or a rate limit was reached
     │   ├── RequestTimeout        a request's header or body did not arrive in time
     │   ├── ServerUnreachable     client side: the HTTP server does not answer
@@ -119,6 +120,12 @@ class DatabaseBusy(RetryLater):
     """The SQL database is locked or unreachable; the transaction was not committed."""
 
     kind = "database_busy"
+
+
+class NotLeader(RetryLater):
+    """The process lost its role to another one, which has a higher epoch in SQL."""
+
+    kind = "not_leader"
 
 
 class Overloaded(RetryLater):

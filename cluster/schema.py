@@ -1,0 +1,157 @@
+"""Tables of `cell.db`: what the cell is made of and where every block lies.
+
+Read by `map_rows`, `block_index`, `cell`, `leadership` and `status`, which hold all of the SQL on
+them.  Imports SQLAlchemy only.  Changes go through `cluster/migrations` (`docs/design/008`).
+
+| table        | one row per                    | written by                                    |
+|--------------|--------------------------------|-----------------------------------------------|
+| cell         | cell (exactly one)             | `cell.create_cell`                            |
+| map_version  | cell (exactly one)             | every change that a client's map must see     |
+| nodes        | storage node                   | `cell.add_nodes`, the placement service       |
+| volumes      | volume                         | the placement service; counters: block index  |
+| volume_slots | slot of a volume               | the placement service                         |
+| blocks       | live block                     | the block index                               |
+| claims       | (account, block)               | the block index                               |
+| debts        | fragment known to be missing   | the block index                               |
+| leaders      | role that one process may hold | `leadership`                                  |
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    text,
+)
+
+metadata = MetaData()
+
+cell = Table(
+    "cell",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("cluster_id", String, nullable=False),
+    Column("scheme", String, nullable=False),
+    Column("format", Integer, nullable=False),
+    Column("fingerprint", String, nullable=False),
+    Column("created", Float, nullable=False),
+)
+
+map_version = Table(
+    "map_version",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+    # Volume numbers are part of fragment keys on disks, so one is never given out twice.
+    Column("next_volume", BigInteger, nullable=False),
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node_id", String, primary_key=True),
+    Column("store_id", String, nullable=False),
+    Column("directory", String, nullable=False),
+    Column("host", String, nullable=False),
+    Column("rack", String, nullable=False),
+    Column("weight", Float, nullable=False),
+    Column("state", String, nullable=False),
+    Column("state_since", Float, nullable=False),
+    Column("incarnation", BigInteger, nullable=False),
+    Column("endpoint", String, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("capacity_bytes", BigInteger, nullable=False),
+    Column("free_bytes", BigInteger, nullable=False),
+    Column("used_bytes", BigInteger, nullable=False),
+    Column("fragments", BigInteger, nullable=False),
+    Column("detail", String, nullable=False),
+    # Map version of the row's last change; bytes, fragments and detail do not count as one.
+    Column("changed", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+volumes = Table(
+    "volumes",
+    metadata,
+    Column("volume_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("scheme", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("stored_bytes", BigInteger, nullable=False),
+    Column("plain_bytes", BigInteger, nullable=False),
+    Column("blocks", BigInteger, nullable=False),
+    Column("created", Float, nullable=False),
+    # Map version of the last change of state, epoch or slots; the counters do not count as one.
+    Column("changed", BigInteger, nullable=False),
+    Index(
+        "volumes_open",
+        "volume_id",
+        sqlite_where=text("state = 'open'"),
+        postgresql_where=text("state = 'open'"),
+    ),
+    Index("volumes_changed", "changed"),
+    sqlite_with_rowid=False,
+)
+
+volume_slots = Table(
+    "volume_slots",
+    metadata,
+    Column("volume_id", BigInteger, ForeignKey("volumes.volume_id"), primary_key=True),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    Column("node_id", String, ForeignKey("nodes.node_id"), nullable=True),
+    Index("volume_slots_node", "node_id"),
+    sqlite_with_rowid=False,
+)
+
+blocks = Table(
+    "blocks",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    # No foreign key: the inserting transaction has compared volume, epoch and slots already.
+    Column("volume_id", BigInteger, nullable=False),
+    Column("stored_bytes", Integer, nullable=False),
+    Column("plain_bytes", Integer, nullable=False),
+    Column("state", SmallInteger, nullable=False),
+    Column("created", Float, nullable=False),
+    # Account whose put made this row: its claim lasts from `created`, without a row in `claims`.
+    Column("owner", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    Column("owner", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, primary_key=True),
+    Column("expires", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+debts = Table(
+    "debts",
+    metadata,
+    Column("volume_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, primary_key=True),
+    Column("since", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("role", String, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("holder", String, nullable=False),
+    Column("since", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
