@@ -25,6 +25,7 @@ from typing import TextIO
 from urllib.parse import urlsplit
 
 from cli.children import Child, become_subreaper, watch
+from cluster.ray_environment import ray_environment
 from protocol.errors import ConfigInvalid, DirectoryInUse
 
 POLL_S = 0.25
@@ -39,14 +40,14 @@ CONTROLLER_STOP_S = 45.0
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """What the command line said."""
+    """What the command line said; None leaves it to the file, the environment, the default."""
 
     data: Path
-    nodes: int
-    scheme: str
-    host: str
-    port: int
-    config: Path | None
+    nodes: int | None = None
+    scheme: str | None = None
+    host: str | None = None
+    port: int | None = None
+    config: Path | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -83,7 +84,7 @@ def run(options: UpOptions) -> int:
     (data / "logs").mkdir(exist_ok=True)
     (data / "gateway.json").unlink(missing_ok=True)
     environment = _environment(options, data)
-    _prepare(options, data, environment)
+    _prepare(data, environment)
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     controller = _child("controller", "cluster.supervisor", data, environment, CONTROLLER_STOP_S)
@@ -102,18 +103,17 @@ def run(options: UpOptions) -> int:
 
 def _environment(options: UpOptions, data: Path) -> dict[str, str]:
     """What the children read through `protocol.config`."""
-    chosen = {
-        "HAVERSACK_DATA": str(data),
-        "HAVERSACK_NODES": str(options.nodes),
+    given = {
+        "HAVERSACK_DATA": data,
+        "HAVERSACK_NODES": options.nodes,
         "HAVERSACK_SCHEME": options.scheme,
         "HAVERSACK_HOST": options.host,
-        "HAVERSACK_PORT": str(options.port),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "HAVERSACK_PORT": options.port,
+        "HAVERSACK_CONFIG": options.config and options.config.resolve(),
+        "HAVERSACK_NODE_LABELS": json.dumps(options.labels) if options.labels else None,
     }
-    if options.config is not None:
-        chosen["HAVERSACK_CONFIG"] = str(options.config.resolve())
-    if options.labels:
-        chosen["HAVERSACK_NODE_LABELS"] = json.dumps(options.labels)
+    chosen = {name: str(value) for name, value in given.items() if value is not None}
+    chosen.update(ray_environment(data / "ray.token"))
     return {**os.environ, **chosen}
 
 
@@ -128,7 +128,7 @@ def _child(name: str, module: str, data: Path, environment: dict[str, str], stop
     )
 
 
-def _prepare(options: UpOptions, data: Path, environment: dict[str, str]) -> None:
+def _prepare(data: Path, environment: dict[str, str]) -> None:
     """Schema, secret, account, node directories: in a process of its own, which then is gone."""
     done = subprocess.run(
         (sys.executable, "-m", "cli.prepare", "--data", str(data)),
@@ -141,7 +141,7 @@ def _prepare(options: UpOptions, data: Path, environment: dict[str, str]) -> Non
     if done.returncode != 0:
         raise ConfigInvalid(
             (done.stderr.strip() or done.stdout.strip() or "preparation failed").splitlines()[-1],
-            {"directory": str(data), "scheme": options.scheme},
+            {"directory": str(data)},
         )
 
 

@@ -24,7 +24,7 @@ import ray
 import structlog
 
 from cluster.actor import remote_placement
-from cluster.cell import load_nodes
+from cluster.cell import open_cell
 from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME
 from protocol.allocator import release_free_memory
 from protocol.config import Settings, load
@@ -81,9 +81,10 @@ class Supervisor:
     def _node_configs(self) -> list[NodeConfig]:
         database = Database(sqlite_url(self._settings.cell_database))
         try:
-            cell, nodes = load_nodes(database)
+            cell = open_cell(database)
         finally:
             database.close()
+        assert cell is not None, "`haversack up` prepares the cell before it starts the controller"
         secret_file = self._settings.data / "cluster.secret"
         return [
             NodeConfig(
@@ -96,7 +97,7 @@ class Supervisor:
                 namespace=NAMESPACE,
                 registrar=PLACEMENT_NAME,
             )
-            for node in nodes
+            for node in cell.nodes
         ]
 
     def _on_signal(self, _number: int, _frame: object) -> None:
