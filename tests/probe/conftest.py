@@ -1,4 +1,4 @@
-"""Real cells, as a user starts them.  One healthy cell is shared by all tests that do not break it."""
+"""Real cells, as a user starts them.  One healthy cell is shared by tests that break nothing."""
 
 from __future__ import annotations
 

@@ -26,8 +26,10 @@ def test_the_first_start_writes_a_private_admin_token(shared_cell: LiveCell) -> 
 
 def test_status_names_every_node_with_its_process_and_directory(shared_cell: LiveCell) -> None:
     done = subprocess.run(
-        (HAVERSACK, "status", "--json", "--server", shared_cell.url)
-        + ("--token-file", str(shared_cell.token_file)),
+        (
+            *(HAVERSACK, "status", "--json", "--server", shared_cell.url),
+            *("--token-file", str(shared_cell.token_file)),
+        ),
         capture_output=True,
         text=True,
         check=True,
