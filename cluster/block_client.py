@@ -1,0 +1,274 @@
+"""The block client: puts and gets blocks, over many nodes that come and go.
+
+Called by the gateway (`api`), the simulation and the bench: the walks "life of a put" and "life of
+a get" of `docs/architecture.md` start here.  `put_path`, `get_path` and `batch_read` hold the
+steps; this file owns what is common to a process: the answer "exists already", one flight per
+hash, and the budgets of bytes.  May not import Ray, HTTP or a concrete port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from collections.abc import Iterator, Sequence
+
+from cluster.batch_read import read_batch
+from cluster.block_client_settings import (
+    BlockClientSettings,
+    PutResult,
+    ReportFragment,
+    Run,
+    ignore_problem,
+)
+from cluster.block_index import BlockIndex, BlockRow
+from cluster.block_rows import BlockRows
+from cluster.byte_budget import ByteBudget
+from cluster.get_path import GetPath
+from cluster.node_pool import NodePool
+from cluster.put_path import PendingBlock, PutPath
+from cluster.stripe_read import ReadTools
+from cluster.volume_map import VolumeMap
+from erasure.codec import Codec
+from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment
+from erasure.keyring import Keyring
+from erasure.scheme import Scheme, SchemeKind
+from protocol.clock import Clock
+from protocol.errors import BlockNotFound, HaversackError
+from protocol.hashing import Buffer
+from protocol.ids import BlockHash
+from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, ENVELOPE_BYTES, SMALL_BLOCK_BYTES
+
+_Flight = asyncio.Future[HaversackError | None]
+"""Ends with the leader's error, or None: then whoever waited looks for itself."""
+
+
+class BlockClient:
+    """One per process and event loop.  Close the pool after the last call."""
+
+    def __init__(
+        self,
+        index: BlockIndex,
+        volume_map: VolumeMap,
+        pool: NodePool,
+        codec: Codec,
+        keyring: Keyring | None,
+        clock: Clock,
+        rng: random.Random,
+        run: Run,
+        settings: BlockClientSettings,
+        report_fragment: ReportFragment = ignore_problem,
+    ) -> None:
+        self._index = index
+        self._settings = settings
+        self._large = settings.scheme
+        self._small = settings.scheme.small_twin()
+        self._rows = BlockRows(index, settings.rows_cached_max)
+        self._map = volume_map
+        self._tools = ReadTools(pool, codec, keyring, clock, rng, run, settings)
+        self._put_path = PutPath(
+            index, self._rows, volume_map, pool, codec, keyring, clock, rng, run, settings
+        )
+        self._get_path = GetPath(self._rows, volume_map, self._tools, report_fragment)
+        self._put_budget = ByteBudget("puts", settings.put_bytes_max, settings.queue_s)
+        self._get_budget = ByteBudget("gets", settings.get_bytes_max, settings.queue_s)
+        self._flights: dict[BlockHash, _Flight] = {}
+
+    # -- put -----------------------------------------------------------------------------------
+
+    async def put(
+        self, owner: int, block: BlockHash, parts: Sequence[Buffer], length: int
+    ) -> PutResult:
+        """Store a block of `length` bytes, given in `parts` that the caller has hashed to `block`.
+
+        Returns when the block is durable and known and `owner` holds a claim to it.  Raises
+        `NotEnoughNodes`, `DatabaseBusy`, `Overloaded` (nothing was claimed: retry later) or
+        `UnknownOutcome` (ask again before sending again).  A caller that is cancelled leaves at
+        most fragments that no row refers to, or a block that is stored after all.
+        """
+        assert 0 <= length <= BLOCK_BYTES_MAX
+        while True:
+            existing = await self._claim_existing(owner, [block])
+            if block in existing:
+                return PutResult(False, existing[block].stored_bytes, False)
+            flight = self._flights.get(block)
+            if flight is None:
+                break
+            error = await asyncio.shield(flight)
+            if error is not None:
+                raise copy.copy(error)
+        outcomes = await self._lead(owner, [PendingBlock(block, parts, length)])
+        outcome = outcomes[block]
+        if isinstance(outcome, HaversackError):
+            raise outcome
+        return outcome
+
+    async def put_many(
+        self, owner: int, blocks: Sequence[tuple[BlockHash, Buffer]]
+    ) -> list[PutResult | HaversackError]:
+        """Store many blocks, verified by the caller, with one frame to each node; one result each.
+
+        A block that is named twice is new at most once.  Raises only for what concerns them all:
+        `DatabaseBusy` while looking them up, `Overloaded`.
+        """
+        data: dict[BlockHash, Buffer] = {}
+        for block, plain in blocks:
+            data.setdefault(block, plain)
+        results: dict[BlockHash, PutResult | HaversackError] = {}
+        for block, row in (await self._claim_existing(owner, list(data))).items():
+            results[block] = PutResult(False, row.stored_bytes, False)
+        unknown = [block for block in data if block not in results]
+        others = [block for block in unknown if block in self._flights]
+        mine = [
+            PendingBlock(block, (data[block],), len(data[block]))
+            for block in unknown
+            if block not in self._flights
+        ]
+        if mine:
+            results.update(await self._lead(owner, mine))
+        for block in others:
+            results[block] = await self._put_caught(owner, block, data[block])
+        return _in_order(blocks, results)
+
+    async def _put_caught(
+        self, owner: int, block: BlockHash, data: Buffer
+    ) -> PutResult | HaversackError:
+        try:
+            return await self.put(owner, block, (data,), len(data))
+        except HaversackError as error:
+            return error
+
+    async def _claim_existing(
+        self, owner: int, blocks: Sequence[BlockHash]
+    ) -> dict[BlockHash, BlockRow]:
+        """Rows of the blocks that exist, after `owner` got a claim to each: a hit is a write."""
+        rows = await self._index.lookup(blocks)
+        if not rows:
+            return {}
+        claimed = await self._index.claim(owner, list(rows))
+        return {block: row for block, row in rows.items() if block in claimed}
+
+    async def _lead(
+        self, owner: int, items: Sequence[PendingBlock]
+    ) -> dict[BlockHash, PutResult | HaversackError]:
+        """Store blocks that nobody else in this process is storing; others wait for the flight.
+
+        Whatever ends it, no flight is left behind: after a cancellation the next in line leads.
+        """
+        loop = asyncio.get_running_loop()
+        flights = {item.block: loop.create_future() for item in items}
+        assert not flights.keys() & self._flights.keys()
+        self._flights.update(flights)
+        outcomes: dict[BlockHash, PutResult | HaversackError] = {}
+        try:
+            async with self._put_budget.hold(sum(map(self._put_cost, items))):
+                for scheme in (self._small, self._large):
+                    mine = [item for item in items if self._scheme_of(item) == scheme]
+                    for group in self._groups(mine):
+                        outcomes.update(await self._put_path.store(owner, scheme, group))
+        finally:
+            for block, flight in flights.items():
+                del self._flights[block]
+                outcome = outcomes.get(block)
+                flight.set_result(outcome if isinstance(outcome, HaversackError) else None)
+        return outcomes
+
+    def _scheme_of(self, item: PendingBlock) -> Scheme:
+        return self._small if item.length < SMALL_BLOCK_BYTES else self._large
+
+    def _put_cost(self, item: PendingBlock) -> int:
+        """Bytes a put holds at its height: the plain parts, the stored block, the fragments."""
+        scheme = self._scheme_of(item)
+        stored = item.length + ENVELOPE_BYTES
+        fragments = scheme.n * FRAGMENT_HEADER_BYTES
+        if scheme.kind is SchemeKind.RS:
+            fragments += scheme.n * scheme.chunk_bytes(stored)
+        return item.length + stored + fragments
+
+    def _groups(self, items: Sequence[PendingBlock]) -> Iterator[list[PendingBlock]]:
+        """Runs of blocks that fit into one frame together."""
+        group: list[PendingBlock] = []
+        size = 0
+        for item in items:
+            if group and (
+                size + item.length > self._settings.put_group_bytes_max
+                or len(group) >= BATCH_BLOCKS_MAX
+            ):
+                yield group
+                group, size = [], 0
+            group.append(item)
+            size += item.length
+        if group:
+            yield group
+
+    # -- get -----------------------------------------------------------------------------------
+
+    async def get(self, block: BlockHash) -> Buffer:
+        """The plain bytes of a block; never others.
+
+        Raises `BlockNotFound`, `BlockUnreadable` (too few good fragments answered; `details.slots`
+        says why), `DatabaseBusy`, `Overloaded`.
+        """
+        row = (await self._rows.find([block])).get(block)
+        if row is None:
+            raise BlockNotFound(block)
+        async with self._get_budget.hold(_get_cost(row)):
+            return await self._get_path.read(row)
+
+    async def get_many(self, blocks: Sequence[BlockHash]) -> list[Buffer | HaversackError]:
+        """The plain bytes of many blocks, one result each, with one frame to each node.
+
+        The caller bounds their sum (see `lengths`).  Raises `DatabaseBusy`, `Overloaded`.
+        """
+        rows = await self._rows.find(list(dict.fromkeys(blocks)))
+        results: dict[BlockHash, Buffer | HaversackError] = {}
+        async with self._get_budget.hold(sum(map(_get_cost, rows.values()))):
+            await self._get_path.freshen_map()
+            batch = await read_batch(self._tools, self._map, list(rows.values()))
+            results.update(batch.plain)
+            if batch.left:
+                results.update(await self._read_singly(rows, batch.left))
+        return [results[block] if block in results else BlockNotFound(block) for block in blocks]
+
+    async def lengths(self, blocks: Sequence[BlockHash]) -> dict[BlockHash, int]:
+        """Plain bytes of those that exist.  Raises `DatabaseBusy`."""
+        rows = await self._rows.find(list(dict.fromkeys(blocks)))
+        return {block: row.plain_bytes for block, row in rows.items()}
+
+    async def _read_singly(
+        self, rows: dict[BlockHash, BlockRow], left: dict[BlockHash, dict[int, Fragment]]
+    ) -> dict[BlockHash, Buffer | HaversackError]:
+        """Blocks that the batch could not read, a bounded number at a time."""
+        turns = asyncio.Semaphore(self._settings.single_reads_max)
+
+        async def read(block: BlockHash, known: dict[int, Fragment]) -> Buffer | HaversackError:
+            async with turns:
+                try:
+                    return await self._get_path.read(rows[block], known)
+                except HaversackError as error:
+                    return error
+
+        async with asyncio.TaskGroup() as tasks:
+            reads = {block: tasks.create_task(read(block, known)) for block, known in left.items()}
+        return {block: task.result() for block, task in reads.items()}
+
+
+def _get_cost(row: BlockRow) -> int:
+    """Bytes a get holds at its height: the fragments, and the block made of them."""
+    return row.stored_bytes + max(row.stored_bytes, row.plain_bytes)
+
+
+def _in_order(
+    blocks: Sequence[tuple[BlockHash, Buffer]],
+    results: dict[BlockHash, PutResult | HaversackError],
+) -> list[PutResult | HaversackError]:
+    """One result per entry; a repetition of a block was not new."""
+    ordered: list[PutResult | HaversackError] = []
+    seen: set[BlockHash] = set()
+    for block, _ in blocks:
+        result = results[block]
+        if block in seen and isinstance(result, PutResult):
+            result = PutResult(False, result.stored_bytes, False)
+        seen.add(block)
+        ordered.append(result)
+    return ordered

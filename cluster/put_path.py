@@ -1,0 +1,418 @@
+"""Steps 3 to 5 of the life of a put: choose a volume, encode, send to all slots, record.
+
+Called by `block_client`, for one block or for many that go to one volume together.  Talks to
+nodes through `NodePool` and to SQL through `VolumeMap` and `BlockIndex`; may not import Ray or a
+concrete port.
+
+The rule of acknowledgement
+---------------------------
+
+1. Every slot acknowledged, each by the incarnation that the map names: record the block.
+2. A slot failed: the *whole* block is written again to a volume without the failed nodes.  What
+   was written before is an orphan for the verifier.
+3. Fewer healthy failure domains than slots exist: `write_minimum` acknowledgements are enough,
+   and the missing slots become debts in the transaction that records the block.
+4. A receipt does not match the node table any more (FENCED): refresh the map, write again.
+
+Nothing is reported as stored before `BlockIndex.record_puts` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.block_client_settings import BlockClientSettings, PutResult, Run
+from cluster.block_index import BlockIndex, BlockRow, NewBlock, Receipt, RecordOutcome
+from cluster.block_rows import BlockRows
+from cluster.node_pool import Direction, NodePool
+from cluster.topology import VolumeView
+from cluster.volume_map import VolumeMap
+from erasure.codec import Codec
+from erasure.envelope import seal
+from erasure.keyring import Keyring
+from erasure.scheme import Scheme
+from erasure.stripe import make_stripe
+from protocol.clock import Clock
+from protocol.errors import (
+    HaversackError,
+    NotEnoughNodes,
+    StaleEpoch,
+    StaleIncarnation,
+)
+from protocol.hashing import Buffer
+from protocol.ids import BlockHash, NodeId
+from protocol.limits import KIB
+from protocol.messages import ItemStatus
+from storage_node.interface import PutOutcome
+
+ENCODE_INLINE_BYTES = 32 * KIB
+"""Less than this is sealed and encoded on the event loop: a thread costs more than the work."""
+
+_Stripe = list[tuple[bytes, Buffer]]
+"""(header, payload) per slot."""
+
+
+class PendingBlock:
+    """A block on its way in.  `parts` are dropped once the stored bytes are made."""
+
+    __slots__ = ("block", "length", "parts", "stored")
+
+    def __init__(self, block: BlockHash, parts: Sequence[Buffer], length: int) -> None:
+        self.block = block
+        self.parts: Sequence[Buffer] = parts
+        self.length = length
+        self.stored: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Group:
+    """Blocks of one owner that are tried on one volume after the other, together."""
+
+    owner: int
+    scheme: Scheme
+    pending: list[PendingBlock]
+    deadline: float
+    avoid: dict[NodeId, str] = field(default_factory=dict)
+    """Nodes that failed this group, with the reason."""
+    map_is_stale: bool = False
+    results: dict[BlockHash, PutResult | HaversackError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A volume and who is to be written to."""
+
+    volume: VolumeView
+    receipts: tuple[Receipt, ...]
+    """What each slot's answer must say."""
+    missing: tuple[int, ...]
+    """Slots that are vacant or whose nodes are avoided: debts, if the block is recorded."""
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What came of one fan-out."""
+
+    failed: dict[int, str] = field(default_factory=dict)
+    """Slots that acknowledged nothing, with the reason."""
+    refused: dict[int, dict[int, str]] = field(default_factory=dict)
+    """Per index of a block: slots that acknowledged others and not this one."""
+    stale: set[int] = field(default_factory=set)
+    """Slots whose failure says that our map is old."""
+
+
+class PutPath:
+    """Writes stripes; one per block client."""
+
+    def __init__(
+        self,
+        index: BlockIndex,
+        rows: BlockRows,
+        volume_map: VolumeMap,
+        pool: NodePool,
+        codec: Codec,
+        keyring: Keyring | None,
+        clock: Clock,
+        rng: random.Random,
+        run: Run,
+        settings: BlockClientSettings,
+    ) -> None:
+        self._index = index
+        self._rows = rows
+        self._map = volume_map
+        self._pool = pool
+        self._codec = codec
+        self._keyring = keyring
+        self._clock = clock
+        self._rng = rng
+        self._run = run
+        self._settings = settings
+
+    async def store(
+        self, owner: int, scheme: Scheme, blocks: Sequence[PendingBlock]
+    ) -> dict[BlockHash, PutResult | HaversackError]:
+        """Make blocks durable and known; one result per block, never an exception of ours.
+
+        The blocks are distinct, and together fit into one frame to a node.
+        """
+        deadline = self._clock.monotonic() + self._settings.put_s
+        group = _Group(owner, scheme, list(blocks), deadline)
+        try:
+            await self._map.refresh(self._settings.map_age_s)
+            for _ in range(self._settings.put_attempts_max):
+                choice = await self._choose(group)
+                await self._attempt(group, choice)
+                if not group.pending:
+                    return group.results
+                await self._refresh_if_stale(group)
+            error: HaversackError = self._gave_up(group)
+        except HaversackError as caught:
+            error = caught
+        for item in group.pending:
+            group.results[item.block] = error
+        return group.results
+
+    # -- choosing ------------------------------------------------------------------------------
+
+    async def _choose(self, group: _Group) -> _Choice:
+        """A volume to write to, waiting a while for the placement service if there is none.
+
+        Raises `NotEnoughNodes`.
+        """
+        give_up_at = min(group.deadline, self._clock.monotonic() + self._settings.placement_wait_s)
+        while True:
+            choice = self._pick(group)
+            if choice is not None:
+                return choice
+            healthy = self._healthy_nodes(group)
+            if healthy < group.scheme.write_minimum:
+                raise NotEnoughNodes(
+                    f"{healthy} storage nodes take writes; {group.scheme} needs at least "
+                    f"{group.scheme.write_minimum} of {group.scheme.n} to acknowledge a block",
+                    self._details(group, healthy),
+                )
+            if self._clock.monotonic() >= give_up_at:
+                raise NotEnoughNodes(
+                    f"no open {group.scheme} volume avoids the nodes that fail now, and the "
+                    "placement service has opened none in time: retry later",
+                    self._details(group, healthy),
+                )
+            await self._clock.sleep(self._settings.placement_poll_s)
+            await self._map.refresh()
+
+    def _pick(self, group: _Group) -> _Choice | None:
+        """An open volume with all slots writable, at random; short of nodes, the best there is."""
+        volumes = list(self._map.open_volumes(group.scheme))
+        self._rng.shuffle(volumes)
+        best: VolumeView | None = None
+        best_slots: list[int] = []
+        for volume in volumes:
+            slots = self._usable_slots(volume, group)
+            if len(slots) == group.scheme.n:
+                return self._choice(volume, slots)
+            if len(slots) > len(best_slots):
+                best, best_slots = volume, slots
+        if best is None or len(best_slots) < group.scheme.write_minimum:
+            return None
+        if self._healthy_nodes(group) >= group.scheme.n:
+            return None
+        return self._choice(best, best_slots)
+
+    def _usable_slots(self, volume: VolumeView, group: _Group) -> list[int]:
+        return [
+            slot
+            for slot, node_id in enumerate(volume.slots)
+            if node_id is not None and self._is_usable(node_id, group)
+        ]
+
+    def _is_usable(self, node_id: NodeId, group: _Group) -> bool:
+        return node_id not in group.avoid and self._pool.is_trusted(node_id, Direction.WRITE)
+
+    def _healthy_nodes(self, group: _Group) -> int:
+        """Failure domains that can take a fragment now."""
+        return sum(self._is_usable(node.node_id, group) for node in self._map.nodes())
+
+    def _choice(self, volume: VolumeView, slots: Sequence[int]) -> _Choice:
+        receipts = []
+        for slot in slots:
+            node_id = volume.slots[slot]
+            assert node_id is not None
+            receipts.append(Receipt(slot, node_id, self._map.node(node_id).incarnation))
+        missing = tuple(slot for slot in range(volume.scheme.n) if slot not in slots)
+        return _Choice(volume, tuple(receipts), missing)
+
+    # -- one attempt ---------------------------------------------------------------------------
+
+    async def _attempt(self, group: _Group, choice: _Choice) -> None:
+        """Write all pending blocks to one volume and record those that may be acknowledged."""
+        stripes = await self._encode(group, choice.volume)
+        answers = await self._send(group, choice, stripes)
+        accepted: list[PendingBlock] = []
+        entries: list[NewBlock] = []
+        for number, item in enumerate(group.pending):
+            entry = self._entry(group, choice, answers, number, item)
+            if entry is not None:
+                accepted.append(item)
+                entries.append(entry)
+        if entries:
+            await self._record(group, accepted, entries)
+        group.pending = [item for item in group.pending if item.block not in group.results]
+
+    async def _encode(self, group: _Group, volume: VolumeView) -> list[_Stripe]:
+        total = sum(item.length for item in group.pending)
+        if total <= ENCODE_INLINE_BYTES:
+            return self._make_stripes(group.pending, volume)
+        stripes: list[_Stripe] = await self._run(self._make_stripes, group.pending, volume)
+        return stripes
+
+    def _make_stripes(self, items: Sequence[PendingBlock], volume: VolumeView) -> list[_Stripe]:
+        stripes = []
+        for item in items:
+            if item.stored is None:
+                item.stored = seal(
+                    item.parts,
+                    item.length,
+                    keyring=self._keyring,
+                    compress=self._settings.compress,
+                )
+                item.parts = ()
+            stripes.append(
+                make_stripe(
+                    self._codec,
+                    volume.scheme,
+                    item.block,
+                    volume.volume_id,
+                    volume.epoch,
+                    item.stored,
+                )
+            )
+        return stripes
+
+    async def _send(self, group: _Group, choice: _Choice, stripes: Sequence[_Stripe]) -> _Answers:
+        """One frame to each slot's node, in parallel; notes every slot that did not acknowledge."""
+        left_s = group.deadline - self._clock.monotonic()
+        if left_s <= 0:
+            raise self._gave_up(group)
+        deadline_s = min(self._settings.put_slot_s, left_s)
+        outcomes = await asyncio.gather(
+            *(
+                self._pool.write(
+                    receipt.node_id,
+                    receipt.incarnation,
+                    [stripe[receipt.slot] for stripe in stripes],
+                    deadline_s,
+                )
+                for receipt in choice.receipts
+            ),
+            return_exceptions=True,
+        )
+        answers = _Answers()
+        for receipt, outcome in zip(choice.receipts, outcomes, strict=True):
+            self._note(group, answers, receipt, outcome, len(stripes))
+        return answers
+
+    def _note(
+        self,
+        group: _Group,
+        answers: _Answers,
+        receipt: Receipt,
+        outcome: PutOutcome | BaseException,
+        expected: int,
+    ) -> None:
+        """Sort one slot's answer into `answers`, and its node into `group.avoid`."""
+        if isinstance(outcome, BaseException):
+            if not isinstance(outcome, HaversackError):
+                raise outcome
+            answers.failed[receipt.slot] = str(outcome)
+            if isinstance(outcome, StaleIncarnation | StaleEpoch):
+                answers.stale.add(receipt.slot)
+                group.map_is_stale = True
+            else:
+                group.avoid[receipt.node_id] = str(outcome)
+            return
+        if outcome.incarnation != receipt.incarnation:
+            answers.failed[receipt.slot] = f"answered as incarnation {outcome.incarnation}"
+            answers.stale.add(receipt.slot)
+            group.map_is_stale = True
+            return
+        if len(outcome.statuses) != expected:
+            why = f"answered for {len(outcome.statuses)} of {expected} records"
+            answers.failed[receipt.slot] = group.avoid[receipt.node_id] = why
+            return
+        if not any(outcome.statuses):  # OK is zero
+            return
+        for number, status in enumerate(outcome.statuses):
+            if status == ItemStatus.OK:
+                continue
+            why = ItemStatus(status).name
+            answers.refused.setdefault(number, {})[receipt.slot] = why
+            if status == ItemStatus.STALE_EPOCH:
+                answers.stale.add(receipt.slot)
+                group.map_is_stale = True
+            else:
+                group.avoid[receipt.node_id] = why
+
+    def _entry(
+        self,
+        group: _Group,
+        choice: _Choice,
+        answers: _Answers,
+        number: int,
+        item: PendingBlock,
+    ) -> NewBlock | None:
+        """What to record for a block, or None if it has to be written again."""
+        receipts, missing = choice.receipts, choice.missing
+        refused = answers.refused.get(number)
+        if answers.failed or refused:
+            lost = {*answers.failed, *(refused or ())}
+            if lost & answers.stale:
+                return None
+            receipts = tuple(receipt for receipt in receipts if receipt.slot not in lost)
+            missing = tuple(sorted({*missing, *lost}))
+            if len(receipts) < group.scheme.write_minimum:
+                return None
+            if self._healthy_nodes(group) >= group.scheme.n:
+                return None
+        assert item.stored is not None
+        return NewBlock(
+            item.block,
+            group.owner,
+            choice.volume.volume_id,
+            choice.volume.epoch,
+            len(item.stored),
+            item.length,
+            receipts,
+            missing,
+        )
+
+    async def _record(
+        self, group: _Group, accepted: Sequence[PendingBlock], entries: Sequence[NewBlock]
+    ) -> None:
+        """Commit to the index.  What the index does not confirm stays pending or is an error."""
+        try:
+            outcomes = await self._index.record_puts(entries)
+        except HaversackError as error:
+            for item in accepted:
+                group.results[item.block] = error
+            return
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            if outcome is RecordOutcome.FENCED:
+                group.map_is_stale = True
+                continue
+            new = outcome is RecordOutcome.NEW
+            group.results[entry.hash] = PutResult(
+                new, entry.stored_bytes, new and bool(entry.missing_slots)
+            )
+            if new:
+                self._rows.learn(
+                    BlockRow(entry.hash, entry.volume, entry.stored_bytes, entry.plain_bytes)
+                )
+
+    async def _refresh_if_stale(self, group: _Group) -> None:
+        """After a refusal that names our map: read it again, and give it a moment to change."""
+        if not group.map_is_stale:
+            return
+        group.map_is_stale = False
+        if not await self._map.refresh():
+            await self._clock.sleep(self._settings.placement_poll_s)
+            await self._map.refresh()
+
+    # -- giving up -----------------------------------------------------------------------------
+
+    def _gave_up(self, group: _Group) -> NotEnoughNodes:
+        return NotEnoughNodes(
+            f"no volume of scheme {group.scheme} took the block within "
+            f"{self._settings.put_attempts_max} attempts and {self._settings.put_s:g} s",
+            self._details(group, self._healthy_nodes(group)),
+        )
+
+    def _details(self, group: _Group, healthy: int) -> dict[str, object]:
+        return {
+            "scheme": group.scheme.name,
+            "healthy_nodes": healthy,
+            "needed_nodes": group.scheme.n,
+            "failed": {str(node_id): why for node_id, why in group.avoid.items()},
+        }
