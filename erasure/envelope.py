@@ -240,7 +240,8 @@ def _decompress(payload: Buffer, plain_length: int) -> bytes:
     """
     try:
         declared = zstandard.frame_content_size(payload)
-        if declared != plain_length:
+        # Nothing is never compressed; asked for it, the library would not even read the frame.
+        if declared != plain_length or declared == 0:
             raise CorruptFragment(
                 f"compressed payload declares {declared} bytes, its envelope {plain_length}"
             )
