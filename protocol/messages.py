@@ -43,6 +43,8 @@ class ItemStatus(enum.IntEnum):
     """The disk answered with an error: says nothing about whether the fragment exists."""
     INVALID = 5
     """The record sent is not a well-formed fragment."""
+    NOT_SENT = 6
+    """The answer would have grown over its limit: ask again for this one."""
 
 
 class Hello(Message, frozen=True, array_like=True, gc=False):

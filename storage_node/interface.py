@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId, VolumeId
+from protocol.limits import FRAME_BODY_BYTES_MAX
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
 
 _KEY_BYTES = 8 + 32 + 1
@@ -53,6 +54,8 @@ class StoreStats:
 
     fragments: int
     fragment_bytes: int
+    disk_bytes: int
+    """What the store takes on the disk, deleted records that were not yet dropped included."""
     counters: dict[str, int]
 
 
@@ -69,8 +72,12 @@ class FragmentStore(Protocol):
         record again (names are content hashes) and replaces it."""
         ...
 
-    def get_many(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
-        """One answer per key, in order.  A bad record answers CORRUPT for its own key only."""
+    def get_many(
+        self, keys: Sequence[FragmentKey], bytes_max: int = FRAME_BODY_BYTES_MAX
+    ) -> list[StoredRecord]:
+        """One answer per key, in order.  A bad record answers CORRUPT for its own key only.
+        Records beyond `bytes_max` in all are not read and answer NOT_SENT; the first found is
+        always read."""
         ...
 
     def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
@@ -93,6 +100,15 @@ class FragmentStore(Protocol):
 
     def stats(self) -> StoreStats:
         """Current counts."""
+        ...
+
+    def free_bytes(self) -> int:
+        """What puts may still take of the disk, the reserve left aside; zero refuses them."""
+        ...
+
+    def tidy(self, budget_bytes: int) -> int:
+        """One step of upkeep that reads and writes at most about `budget_bytes`; returns what it
+        rewrote, zero when there is nothing to do.  May run beside reads and one write."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,138 @@
+"""Reading from a node's RocksDB: records by key, pages of the index.
+
+Called by `RocksStore`, on several threads at once.  Every record is checked against the length
+and checksum in its index entry, on top of RocksDB's own block checksums: they tell a record that
+lies in another's place.  One bad key answers for itself only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from rocksdict import Rdict
+
+from protocol.errors import CorruptFragment
+from protocol.hashing import checksum64
+from protocol.messages import ItemStatus
+from storage_node.extents import Family, Place, record_key, unpack_place
+from storage_node.interface import FragmentKey, StoredRecord
+from storage_node.rocks_errors import read_status
+
+_ABSENT = StoredRecord(ItemStatus.NOT_FOUND, None)
+_CORRUPT = StoredRecord(ItemStatus.CORRUPT, None)
+_NOT_SENT = StoredRecord(ItemStatus.NOT_SENT, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads beside writes and merges; holds no state of its own."""
+
+    index: Rdict
+    families: Mapping[Family, Rdict]
+
+    def get_many(self, keys: Sequence[FragmentKey], bytes_max: int) -> list[StoredRecord]:
+        """One answer per key, in order.  Records beyond `bytes_max` in all are NOT_SENT."""
+        packed = [key.pack() for key in keys]
+        answers = [_ABSENT] * len(packed)
+        wanted: dict[Family, list[tuple[int, Place]]] = {}
+        budget = bytes_max
+        for number, entry in enumerate(_fetch_each(self.index, packed)):
+            place = _place_or_answer(entry)
+            if isinstance(place, StoredRecord):
+                answers[number] = place
+            elif place.length > budget and budget < bytes_max:
+                answers[number] = _NOT_SENT
+            else:
+                budget -= place.length
+                wanted.setdefault(place.family, []).append((number, place))
+        for family, items in wanted.items():
+            records = _fetch_each(
+                self.families[family],
+                [record_key(family, place.sequence, packed[number]) for number, place in items],
+            )
+            for (number, place), record in zip(items, records, strict=True):
+                answers[number] = self._answer(packed[number], place, record)
+        return answers
+
+    def _answer(self, key: bytes, place: Place, record: bytes | Exception | None) -> StoredRecord:
+        if record is None:
+            return self._read_moved(key, place)
+        return _verified(record, place)
+
+    def _read_moved(self, key: bytes, place: Place) -> StoredRecord:
+        """A record that was not where the index said: deleted or replaced a moment ago, or lost."""
+        now = _place_or_answer(_fetch_each(self.index, [key])[0])
+        if isinstance(now, StoredRecord):
+            return now
+        if now == place:
+            return _CORRUPT
+        found = _fetch_each(self.families[now.family], [record_key(now.family, now.sequence, key)])
+        return _CORRUPT if found[0] is None else _verified(found[0], now)
+
+    def inventory(
+        self, after: FragmentKey | None, limit: int
+    ) -> tuple[list[tuple[FragmentKey, int]], bool]:
+        """Keys and lengths in key order after `after`; True if there are more.
+
+        Raises what rocksdict raises where the index cannot be read: a listing that ended early
+        would make others call live fragments missing.
+        """
+        found: list[tuple[FragmentKey, int]] = []
+        entries = self.index.iter()
+        entries.seek(b"" if after is None else after.pack() + b"\0")
+        while entries.valid() and len(found) < limit:
+            length = unpack_place(entries.value()).length
+            found.append((FragmentKey.unpack(entries.key()), length))
+            entries.next()
+        more = bool(entries.valid())
+        entries.status()
+        return found, more
+
+    def recount(self) -> tuple[int, int]:
+        """Fragments and bytes, by reading every index entry."""
+        fragments, size = 0, 0
+        entries = self.index.iter()
+        entries.seek_to_first()
+        while entries.valid():
+            fragments += 1
+            size += unpack_place(entries.value()).length
+            entries.next()
+        entries.status()
+        return fragments, size
+
+
+def fetch(family: Rdict, keys: Sequence[bytes]) -> list[bytes | None]:
+    """Values in order.  Raises what rocksdict raises, for the whole list, if one key fails."""
+    values: Any = family.get(cast("list[str | int | float | bytes | bool]", list(keys)))
+    return cast("list[bytes | None]", values)
+
+
+def _fetch_each(family: Rdict, keys: Sequence[bytes]) -> Sequence[bytes | Exception | None]:
+    """Values in order; where a key fails, its own error and not the whole list's."""
+    try:
+        return fetch(family, keys)
+    except Exception as error:  # noqa: BLE001  rocksdict raises nothing more precise
+        if len(keys) == 1:
+            return [error]
+    return [_fetch_each(family, [key])[0] for key in keys]
+
+
+def _place_or_answer(entry: bytes | Exception | None) -> Place | StoredRecord:
+    if entry is None:
+        return _ABSENT
+    if isinstance(entry, Exception):
+        return StoredRecord(read_status(entry), None)
+    try:
+        return unpack_place(entry)
+    except CorruptFragment:
+        return _CORRUPT
+
+
+def _verified(record: bytes | Exception, place: Place) -> StoredRecord:
+    if isinstance(record, Exception):
+        return StoredRecord(read_status(record), None)
+    if len(record) != place.length or checksum64(record) != place.checksum:
+        return _CORRUPT
+    return StoredRecord(ItemStatus.OK, record)

@@ -1,0 +1,440 @@
+"""The fragment store of a real node: index and extents in one RocksDB.
+
+Last step of a put on a node, and the only step of a get there: `StorageNode` calls it, through an
+executor.  May not import asyncio, ray, or anything above `storage_node`.
+
+A put makes its records durable first (large ones in an extent, `storage_node/extents.py`), then
+writes the index entries in one batch with the totals.  Small records travel in that batch, which
+is then synced.  After an extent no sync is needed: were the tail of the WAL lost, the next open
+indexes the extent again from its own table (`_roll_forward`).
+
+What RocksDB does badly and this file works around: one bad key fails a whole multi-get (asked
+again one by one); `keys()` and its kin end silently at a bad record (only `iter()` with `status()`
+is used); after a failed sync every write fails (the store says so itself and refuses).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rocksdict import Rdict, WriteBatch
+
+from protocol.errors import (
+    DirectoryForeign,
+    NodeFull,
+    NodeRefuses,
+)
+from protocol.hashing import Buffer, checksum64
+from protocol.limits import FRAME_BODY_BYTES_MAX
+from protocol.messages import ItemStatus
+from storage_node import identity, merge
+from storage_node.extents import (
+    Family,
+    Item,
+    Place,
+    fragment_of,
+    pack_place,
+    record_key,
+    sequence_of,
+    unpack_place,
+    write_extent,
+)
+from storage_node.identity import INCOMING_DIRECTORY, STORE_DIRECTORY, Identity
+from storage_node.interface import FragmentKey, StoredRecord, StoreStats
+from storage_node.rocks_errors import open_error, reading, write_error
+from storage_node.rocks_options import (
+    EXTENTS_FAMILY,
+    INDEX_FAMILY,
+    SMALL_FAMILY,
+    StoreOptions,
+    family_options,
+    move_into_place,
+    synced,
+)
+from storage_node.rocks_read import Reader, fetch
+from storage_node.roll_forward import unindexed_groups
+from storage_node.totals import TOTALS_KEY, Totals
+
+_UNSYNCED_GROUPS_MAX = 64
+"""Bounds what an open after a power cut has to index again."""
+
+_STORE_ID = "store_id"
+
+
+def open_store(
+    directory: Path, expected: Identity, options: StoreOptions | None = None
+) -> RocksStore:
+    """Open the store of `expected`; create it only where it was never created before.
+
+    Raises `DirectoryForeign`, `DirectoryInUse`, `DirectoryCorrupt` or `NodeFull`.
+    """
+    identity.expect(directory, expected)
+    fresh = identity.is_fresh(directory)
+    store = RocksStore(directory, options or StoreOptions(), create=fresh)
+    try:
+        owner = store.get_state(_STORE_ID)
+        if owner is None and fresh:
+            store.put_state({_STORE_ID: expected.store_id.encode()})
+        elif owner != expected.store_id.encode():
+            raise DirectoryForeign(
+                f"the store in {directory} is that of {owner!r}, not {expected.store_id!r}",
+                {"directory": str(directory)},
+            )
+        if fresh:
+            identity.mark_created(directory)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+class RocksStore:
+    """`FragmentStore` on a directory.  Writes come one at a time; reads and `tidy` may run beside
+    them, on other threads."""
+
+    def __init__(self, directory: Path, options: StoreOptions, *, create: bool = False) -> None:
+        self._directory = directory
+        self._options = options
+        self._incoming = directory / INCOMING_DIRECTORY
+        self._families = family_options(options, create=create)
+        self._ingest = move_into_place()
+        self._synced = synced()
+        self._lock = threading.Lock()  # a put and a merge both change the totals
+        self._failure: str | None = None
+        self._closed = False
+        self._unsynced_groups = 0
+        self._counters = dict.fromkeys(
+            ("extents_written", "batches_synced", "rolled_forward", "tables_unreadable"), 0
+        )
+        path = directory / STORE_DIRECTORY
+        if not create and not (path / "CURRENT").exists():
+            raise DirectoryForeign(
+                f"{directory} holds no store where one was created before",
+                {"directory": str(directory)},
+            )
+        try:
+            self._open(path)
+        except Exception as error:
+            raise open_error(error, directory) from error
+        self._bulk = {Family.EXTENTS: self._extents, Family.SMALL: self._small}
+        self._handles = {Family.EXTENTS: self._extents_handle, Family.SMALL: self._small_handle}
+        self._reader = Reader(self._index, self._bulk)
+        self._merger = merge.Merger(self._database, self._bulk, self._index)
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        self._incoming.mkdir(mode=0o700, exist_ok=True)
+        self._database = Rdict(str(path), self._families.database, self._families.families)
+        self._index = self._database.get_column_family(INDEX_FAMILY)
+        self._extents = self._database.get_column_family(EXTENTS_FAMILY)
+        self._small = self._database.get_column_family(SMALL_FAMILY)
+        self._index_handle = self._database.get_column_family_handle(INDEX_FAMILY)
+        self._extents_handle = self._database.get_column_family_handle(EXTENTS_FAMILY)
+        self._small_handle = self._database.get_column_family_handle(SMALL_FAMILY)
+
+    # -- opening ---------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Read the totals, index what lost its index entries, find the next sequence."""
+        for leftover in self._incoming.glob("*.sst"):
+            leftover.unlink()  # never ingested: its put was not acknowledged
+        with reading(self._directory):
+            row = self._database.get(TOTALS_KEY)
+            self._totals = Totals() if row is None else Totals.unpack(row)
+            found = unindexed_groups(
+                self._database.live_files(), self._extents, self._totals.last_sequence
+            )
+        self._counters["tables_unreadable"] = found.unreadable
+        for group in found.groups:
+            with self._writing("indexing an extent again"):
+                self._index_again(group)
+        with reading(self._directory):
+            last = max(
+                self._totals.last_sequence,
+                self._last_sequence(self._extents),
+                self._last_sequence(self._small),
+            )
+        self._totals = self._totals.up_to(last)
+
+    def _last_sequence(self, family: Rdict) -> int:
+        entries = family.iter()
+        entries.seek_to_last()
+        last = sequence_of(entries.key()) if entries.valid() else 0
+        entries.status()
+        return last
+
+    def _index_again(self, group: list[tuple[bytes, Place]]) -> None:
+        batch = WriteBatch(raw_mode=True)
+        old = self._places([key for key, _ in group])
+        totals = self._add_places(batch, group, old, self._totals)
+        last = group[-1][1].sequence + 1  # the end mark's
+        self._commit(batch, totals.up_to(max(last, totals.last_sequence)), sync=True)
+        self._counters["rolled_forward"] += len(group)
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+        """Store all; durable on return.  Raises `NodeFull`, `NodeRefuses`, `DirectoryCorrupt`."""
+        latest = {key.pack(): record for key, record in records}
+        if not latest:
+            return
+        with self._lock:
+            self._check_writable()
+            size = sum(len(record) for record in latest.values())
+            if self.free_bytes() < size:
+                raise NodeFull(
+                    f"{self._directory} has less than its reserve free: puts are refused, reads "
+                    "and deletes go on",
+                    {"directory": str(self._directory), "needed": size},
+                )
+            with self._writing("storing a group"):
+                self._put(
+                    [
+                        Item(key, record if type(record) is bytes else bytes(record), 0)
+                        for key, record in latest.items()
+                    ]
+                )
+
+    def _put(self, items: list[Item]) -> None:
+        items = [item._replace(checksum=checksum64(item.record)) for item in items]
+        old = self._places([item.key for item in items])
+        large, small = self._split(items)
+        sequence = self._totals.last_sequence + 1
+        placed: list[tuple[bytes, Place]] = []
+        batch = WriteBatch(raw_mode=True)
+        if large:
+            after = self._add_extent(sequence, large)
+            placed = [
+                (item.key, Place(Family.EXTENTS, sequence + 1 + n, len(item.record), item.checksum))
+                for n, item in enumerate(large)
+            ]
+            sequence = after
+        for item in small:
+            place = Place(Family.SMALL, sequence, len(item.record), item.checksum)
+            batch.put(record_key(Family.SMALL, sequence, item.key), item.record, self._small_handle)
+            placed.append((item.key, place))
+            sequence += 1
+        totals = self._add_places(batch, placed, old, self._totals)
+        late = self._unsynced_groups >= _UNSYNCED_GROUPS_MAX
+        self._commit(batch, totals.up_to(sequence - 1), sync=bool(small) or late)
+
+    def _split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        """What goes into an extent, and what goes into the batch."""
+        floor = self._options.large_record_bytes
+        large = [item for item in items if len(item.record) >= floor]
+        if sum(len(item.record) for item in large) < self._options.ingest_bytes:
+            return [], items
+        if len(large) == len(items):
+            return large, []
+        return large, [item for item in items if len(item.record) < floor]
+
+    def _add_extent(self, sequence: int, items: list[Item]) -> int:
+        path = self._incoming / f"{sequence:016x}.sst"
+        try:
+            after = write_extent(self._families.extents, path, sequence, items)
+            self._extents.ingest_external_file([str(path)], self._ingest)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
+        return after
+
+    def _add_places(
+        self,
+        batch: WriteBatch,
+        placed: list[tuple[bytes, Place]],
+        old: dict[bytes, Place],
+        totals: Totals,
+    ) -> Totals:
+        for key, place in placed:
+            batch.put(key, pack_place(place), self._index_handle)
+        for key, place in old.items():
+            self._add_dead(batch, key, place)
+        return totals.died(len(old), sum(place.length for place in old.values())).stored(
+            len(placed), sum(place.length for _, place in placed)
+        )
+
+    def _add_dead(self, batch: WriteBatch, key: bytes, place: Place) -> None:
+        mark = merge.dead_key(record_key(place.family, place.sequence, key))
+        batch.put(mark, merge.pack_dead(place.length))
+
+    def _commit(self, batch: WriteBatch, totals: Totals, *, sync: bool) -> None:
+        batch.put(TOTALS_KEY, totals.pack())
+        if sync:
+            self._database.write(batch, self._synced)
+            self._unsynced_groups = 0
+            self._counters["batches_synced"] += 1
+        else:
+            self._database.write(batch)
+            self._unsynced_groups += 1
+            self._counters["extents_written"] += 1
+        self._totals = totals
+
+    def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
+        """Take out of the index; durable on return.  Space comes back when extents are merged."""
+        packed = [key.pack() for key in keys]
+        with self._lock:
+            self._check_writable()
+            with self._writing("deleting a group"):
+                known = self._places(list(dict.fromkeys(packed)))
+                if known:
+                    batch = WriteBatch(raw_mode=True)
+                    for key, place in known.items():
+                        batch.delete(key, self._index_handle)
+                        self._add_dead(batch, key, place)
+                    gone = sum(place.length for place in known.values())
+                    self._commit(batch, self._totals.died(len(known), gone), sync=True)
+        return [ItemStatus.OK if key in known else ItemStatus.NOT_FOUND for key in packed]
+
+    def put_state(self, values: dict[str, bytes]) -> None:
+        """Set node state; durable on return."""
+        with self._lock:
+            self._check_writable()
+            with self._writing("writing node state"):
+                batch = WriteBatch(raw_mode=True)
+                for name, value in values.items():
+                    batch.put(_state_key(name), value)
+                self._database.write(batch, self._synced)
+
+    def _check_writable(self) -> None:
+        if self._closed:
+            raise NodeRefuses(f"{self._directory} is closed")
+        if self._failure is not None:
+            raise NodeRefuses(
+                f"{self._directory} takes no writes until it is opened again: {self._failure}",
+                {"directory": str(self._directory)},
+            )
+
+    @contextmanager
+    def _writing(self, doing: str) -> Iterator[None]:
+        """After any failure in here the store takes no further write: RocksDB would not either,
+        and what reached the disk is known again only after an open."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = f"{doing} failed: {error}"
+            raise write_error(error, self._directory) from error
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def get_many(
+        self, keys: Sequence[FragmentKey], bytes_max: int = FRAME_BODY_BYTES_MAX
+    ) -> list[StoredRecord]:
+        """One answer per key, in order; each record matched the checksum in its index entry."""
+        if self._closed:
+            raise NodeRefuses(f"{self._directory} is closed")
+        return self._reader.get_many(keys, bytes_max)
+
+    def _places(self, keys: list[bytes]) -> dict[bytes, Place]:
+        """Index entries of those keys that have one.  Raises what rocksdict raises."""
+        entries = fetch(self._index, keys)
+        return {
+            key: unpack_place(entry)
+            for key, entry in zip(keys, entries, strict=True)
+            if entry is not None
+        }
+
+    def inventory(
+        self, after: FragmentKey | None, limit: int
+    ) -> tuple[list[tuple[FragmentKey, int]], bool]:
+        """A page of the index.  Raises `DirectoryCorrupt` where it cannot be read."""
+        with reading(self._directory):
+            return self._reader.inventory(after, limit)
+
+    def get_state(self, name: str) -> bytes | None:
+        """Node state; None if never set."""
+        with reading(self._directory):
+            value: bytes | None = self._database.get(_state_key(name))
+        return value
+
+    # -- upkeep ----------------------------------------------------------------------------
+
+    def tidy(self, budget_bytes: int) -> int:
+        """Merge one run of neighbouring small extents, dropping what was deleted from them.
+
+        Crash-safe at every step; see `storage_node/merge.py`.
+        """
+        with self._lock:
+            self._check_writable()
+            with self._writing("syncing the index"):
+                self._database.flush_wal(True)
+            self._unsynced_groups = 0
+            plan = self._merger.plan(budget_bytes)
+        if plan is None:
+            return 0
+        with reading(self._directory):
+            survey = self._merger.survey(plan)
+        if survey is None:
+            return 0
+        with self._lock:
+            self._check_writable()
+            with self._writing("dropping deleted records"):
+                self._drop_dead(plan.family, survey)
+        self._merger.compact(plan)
+        return plan.size
+
+    def _drop_dead(self, family: Family, survey: merge.Survey) -> None:
+        if not survey.dead:
+            return
+        batch = WriteBatch(raw_mode=True)
+        marks = [merge.dead_key(key) for key in survey.dead if fragment_of(key) is not None]
+        lengths = [merge.unpack_dead(v) for v in fetch(self._database, marks) if v is not None]
+        for key in survey.dead:
+            batch.delete(key, self._handles[family])
+        for mark in marks:
+            batch.delete(mark)
+        self._commit(batch, self._totals.reclaimed(len(lengths), sum(lengths)), sync=True)
+        self._bulk[family].flush()
+
+    def stats(self) -> StoreStats:
+        """Counts as of the last write."""
+        totals = self._totals
+        with reading(self._directory):
+            disk = sum(
+                family.property_int_value("rocksdb.total-sst-files-size") or 0
+                for family in (self._index, self._extents, self._small, self._database)
+            )
+        counters = {
+            **self._counters,
+            **self._merger.counters,
+            "dead_records": totals.dead_records,
+            "dead_bytes": totals.dead_bytes,
+        }
+        return StoreStats(totals.fragments, totals.fragment_bytes, disk, counters)
+
+    def free_bytes(self) -> int:
+        """Free bytes above the reserve."""
+        return max(0, self._options.free_bytes(self._directory) - self._options.reserve_bytes)
+
+    def recount(self) -> tuple[int, int]:
+        """Fragments and bytes by reading the whole index (about 1 us an entry): for a check of
+        the totals, never at start."""
+        with reading(self._directory):
+            return self._reader.recount()
+
+    def close(self) -> None:
+        """Flush and let go of the directory.  Idempotent."""
+        if self._closed:
+            return
+        with self._lock:
+            self._closed = True
+            # RocksDB keeps the LOCK while any object still refers to it.
+            del self._merger, self._reader, self._bulk, self._handles
+            del self._index, self._extents, self._small
+            del self._index_handle, self._extents_handle, self._small_handle
+            try:
+                self._database.close()
+            except Exception as error:
+                if self._failure is None:
+                    raise write_error(error, self._directory) from error
+
+
+def _state_key(name: str) -> bytes:
+    return b"state/" + name.encode()
