@@ -94,6 +94,10 @@ BLOCK_ROWS_CACHED_MAX: Final = 32_768
 LISTING_PAGE_MAX: Final = 2_000
 """Entries on one page of a listing."""
 
+LISTING_PAGE_BYTES_MAX: Final = 8 * MIB
+"""Block lists and inline contents on one page of a listing: bounds the answer however large the
+files are (one file's list alone may reach it)."""
+
 assert BLOCK_BYTES_MAX <= BATCH_BODY_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert STORED_BLOCK_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert SMALL_BLOCK_BYTES < BLOCK_BYTES_MAX < VOLUME_BYTES_TARGET
