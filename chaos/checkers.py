@@ -1,0 +1,334 @@
+"""The invariants, each written once: what never happens (`docs/architecture.md`, section 13).
+
+Used by the simulation and by property tests, later by the live nemesis.  Every checker is a pure
+function from what clients were told (`chaos/ledger.py`) and what is really there
+(`chaos/evidence.py`) to violations; none of them asks the cell.  `tests/sim/test_checkers_bite.py`
+shows for each that a planted defect makes it fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from chaos.evidence import (
+    LeaseGranted,
+    NodeEvent,
+    References,
+    SlotState,
+    Stripe,
+    Version,
+    WriteAcknowledged,
+)
+from chaos.ledger import Kind, Ledger, Operation, Outcome
+from protocol.hashing import Buffer
+from protocol.ids import BlockHash, NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken promise."""
+
+    checker: str
+    subject: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.checker}: {self.subject}: {self.message}"
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+def served_bytes_are_the_blocks(block: BlockHash, length: int, data: Buffer) -> list[Violation]:
+    """Invariant 2: no wrong byte is served.
+
+    The hash is computed here, by nothing of the product.
+    """
+    name = "served_bytes_are_the_blocks"
+    if len(data) != length:
+        return [Violation(name, str(block), f"served {len(data)} bytes instead of {length}")]
+    if hashlib.sha256(data).digest() != block:
+        return [Violation(name, str(block), "served bytes that do not hash to its name")]
+    return []
+
+
+def acknowledged_block_is_whole(
+    block: BlockHash, length: int, stripe: Stripe | None
+) -> list[Violation]:
+    """Invariant 1, at the moment of the acknowledgement and ever after: the row is committed, and
+    every slot's fragment is durable and intact, or is a recorded debt, or was taken by a fault.
+    At least `write_minimum` slots were durable once.
+    """
+    name = "acknowledged_block_is_whole"
+    if stripe is None:
+        return [Violation(name, str(block), "acknowledged and not in the block index")]
+    found: list[Violation] = []
+    if stripe.plain_bytes != length:
+        message = f"the index says {stripe.plain_bytes} bytes; {length} were acknowledged"
+        found.append(Violation(name, str(block), message))
+    if stripe.scheme.n - len(stripe.debts) < stripe.scheme.write_minimum:
+        message = f"debts {sorted(stripe.debts)} leave fewer slots than an acknowledgement needs"
+        found.append(Violation(name, str(block), message))
+    for slot, state in enumerate(stripe.slots):
+        if state is not SlotState.INTACT and slot not in stripe.lost:
+            message = (
+                f"slot {slot} of {stripe.volume} on {stripe.nodes[slot]} is {state.value}, "
+                "no debt says so and no fault explains it"
+            )
+            found.append(Violation(name, str(block), message))
+    return found
+
+
+def lost_block_is_excused(block: BlockHash, stripe: Stripe | None, error: str) -> list[Violation]:
+    """Invariant 1, after the faults stopped: an acknowledged block that cannot be read has lost
+    more than m fragments to faults."""
+    name = "lost_block_is_excused"
+    if stripe is None:
+        return [Violation(name, str(block), f"acknowledged, not in the index, read gives {error}")]
+    if len(stripe.lost) <= stripe.scheme.m:
+        message = (
+            f"unreadable ({error}) although only slots {sorted(stripe.lost)} of "
+            f"{stripe.scheme} are lost"
+        )
+        return [Violation(name, str(block), message)]
+    return []
+
+
+def failed_puts_left_nothing(
+    ledger: Ledger, stripes: Mapping[BlockHash, Stripe]
+) -> list[Violation]:
+    """A put that was answered with "nothing was done" did not make its block known."""
+    return [
+        Violation("failed_puts_left_nothing", str(block), "in the index; every put of it failed")
+        for block, story in ledger.blocks.items()
+        if block in stripes and not story.may_exist
+    ]
+
+
+def read_is_served_or_excused(
+    operation: Operation, stripe: Stripe | None, serving: frozenset[int]
+) -> list[Violation]:
+    """Invariant 1, while faults go on: a failed read of an acknowledged block had fewer than k
+    intact fragments on nodes that worked throughout (`serving`, slots)."""
+    name = "read_is_served_or_excused"
+    (block,) = operation.blocks
+    if stripe is None:
+        return [Violation(name, str(block), f"acknowledged, read gives {operation.error}")]
+    usable = stripe.intact & serving
+    if len(usable) >= stripe.scheme.k:
+        message = (
+            f"operation {operation.number} failed ({operation.error}) although slots "
+            f"{sorted(usable)} of {stripe.scheme} were intact on working nodes"
+        )
+        return [Violation(name, str(block), message)]
+    return []
+
+
+# -- nodes -----------------------------------------------------------------------------------------
+
+
+def writers_hold_their_lease(events: Iterable[NodeEvent]) -> list[Violation]:
+    """Invariant 4: a node acknowledges a write only in a life that holds an unexpired lease of the
+    incarnation it answers with, and never in a lower one than it acknowledged before."""
+    name = "writers_hold_their_lease"
+    found: list[Violation] = []
+    leases: dict[tuple[NodeId, int], LeaseGranted] = {}
+    highest: dict[tuple[NodeId, int], int] = {}
+    for event in events:
+        key = (event.node_id, event.life)
+        if isinstance(event, LeaseGranted):
+            leases[key] = event
+            continue
+        found.extend(
+            Violation(name, str(event.node_id), message)
+            for message in _write_faults(event, leases.get(key), highest.get(key, 0))
+        )
+        highest[key] = max(highest.get(key, 0), event.incarnation)
+    return found
+
+
+def _write_faults(
+    event: WriteAcknowledged, lease: LeaseGranted | None, highest: int
+) -> Iterable[str]:
+    if lease is None:
+        yield f"life {event.life} acknowledged a write without ever holding a lease"
+        return
+    if event.at > lease.at + lease.lease_s:
+        yield f"acknowledged a write {event.at - lease.at:.3f} s into a {lease.lease_s:.3f} s lease"
+    if event.incarnation != lease.incarnation:
+        yield (
+            f"acknowledged a write as incarnation {event.incarnation} under a lease of "
+            f"{lease.incarnation}"
+        )
+    if event.incarnation < highest:
+        yield f"acknowledged as incarnation {event.incarnation} after {highest}"
+
+
+def receipts_are_of_this_life(
+    node_id: NodeId, receipt_incarnation: int, table_incarnation: int
+) -> list[Violation]:
+    """Invariant 4: no receipt counts that was older than the node table before the index
+    transaction began."""
+    if receipt_incarnation >= table_incarnation:
+        return []
+    message = (
+        f"a put was recorded on the word of incarnation {receipt_incarnation}; the node was "
+        f"registered as {table_incarnation} before"
+    )
+    return [Violation("receipts_are_of_this_life", str(node_id), message)]
+
+
+# -- references ------------------------------------------------------------------------------------
+
+
+def versions_reference_present_blocks(
+    versions: Iterable[Version], stripes: Mapping[BlockHash, Stripe]
+) -> list[Violation]:
+    """Invariant 3: every block of every version is in the block index."""
+    return [
+        Violation(
+            "versions_reference_present_blocks",
+            f"{version.owner}:{version.path}",
+            f"revision {version.rev} references {block}, which is not in the index",
+        )
+        for version in versions
+        for block in version.blocks
+        if block not in stripes
+    ]
+
+
+def references_are_authorised(ledger: Ledger, versions: Iterable[Version]) -> list[Violation]:
+    """Invariant 5: a namespace references only blocks that its owner sent."""
+    found = []
+    for version in versions:
+        for block in version.blocks:
+            story = ledger.blocks.get(block)
+            attempts = story.attempts.get(version.owner) if story is not None else None
+            if attempts is None or not attempts.may_have_worked:
+                found.append(
+                    Violation(
+                        "references_are_authorised",
+                        f"{version.owner}:{version.path}",
+                        f"references {block}, which {version.owner} never put",
+                    )
+                )
+    return found
+
+
+def reference_counts_match(
+    versions: Iterable[Version], references: Iterable[References]
+) -> list[Violation]:
+    """Per namespace, the counter of each block equals the versions that list it."""
+    counted: Counter[tuple[str, BlockHash]] = Counter()
+    for version in versions:
+        for block in dict.fromkeys(version.blocks):
+            counted[version.owner, block] += 1
+    kept = {(item.owner, item.block): item.count for item in references}
+    return [
+        Violation(
+            "reference_counts_match",
+            f"{owner}:{block}",
+            f"counter says {kept.get((owner, block), 0)}, versions say {counted[owner, block]}",
+        )
+        for owner, block in sorted({*counted, *kept})
+        if counted[owner, block] != kept.get((owner, block), 0)
+    ]
+
+
+# -- histories of paths ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a path was seen to hold between two instants; `rev` None means no entry."""
+
+    owner: str
+    path: str
+    rev: str | None
+    blocks: tuple[BlockHash, ...]
+    started: float
+    ended: float
+
+
+def paths_hold_a_last_write(ledger: Ledger, seen: Sequence[Seen]) -> list[Violation]:
+    """Each path is a register: what is seen was written by an operation that began before the look
+    ended, and that no acknowledged operation followed before the look began."""
+    writes: dict[tuple[str, str], list[Operation]] = defaultdict(list)
+    for operation in ledger.of_kind(Kind.COMMIT, Kind.DELETE):
+        if operation.outcome is not Outcome.FAILED:
+            writes[operation.owner, operation.path].append(operation)
+    return [
+        Violation("paths_hold_a_last_write", f"{look.owner}:{look.path}", message)
+        for look in seen
+        if (message := _register_fault(look, writes[look.owner, look.path]))
+    ]
+
+
+def _register_fault(look: Seen, writes: Sequence[Operation]) -> str:
+    """Why no order of the writes explains the look; empty if one does."""
+    sources = [write for write in writes if write.started <= look.ended and _wrote(write, look)]
+    acknowledged = [write for write in writes if write.outcome is Outcome.ACKNOWLEDGED]
+    begin = [write.started for write in acknowledged if write.ended < look.started]
+    newest = max(begin, default=None)
+    if look.rev is None and newest is None:
+        return ""
+    if not sources:
+        return f"holds revision {look.rev}, which no operation wrote"
+    if newest is None or any(_ended(source) >= newest for source in sources):
+        return ""
+    return f"holds revision {look.rev} although an acknowledged later operation replaced it"
+
+
+def _ended(write: Operation) -> float:
+    """When a write must have taken effect; an unknown one may still be on its way."""
+    return write.ended if write.outcome is Outcome.ACKNOWLEDGED else float("inf")
+
+
+def _wrote(write: Operation, look: Seen) -> bool:
+    if write.kind is Kind.DELETE:
+        return look.rev is None
+    if look.rev is None:
+        return False
+    if write.outcome is Outcome.ACKNOWLEDGED:
+        return write.rev == look.rev
+    return write.blocks == look.blocks
+
+
+def no_update_is_lost(ledger: Ledger) -> list[Violation]:
+    """Compare-and-swap: of all commits that name one parent revision, one revision came."""
+    children: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for operation in ledger.of_kind(Kind.COMMIT):
+        if operation.outcome is Outcome.ACKNOWLEDGED and operation.parent_rev is not None:
+            assert operation.rev is not None
+            if operation.rev != operation.parent_rev:
+                key = (operation.owner, operation.path, operation.parent_rev)
+                children[key].add(operation.rev)
+    return [
+        Violation(
+            "no_update_is_lost",
+            f"{owner}:{path}",
+            f"revision {parent} was replaced {len(revs)} times: {sorted(revs)}",
+        )
+        for (owner, path, parent), revs in children.items()
+        if len(revs) > 1
+    ]
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def operations_end(ledger: Ledger, seconds_max: float) -> list[Violation]:
+    """Liveness: every operation is answered or given up within its bound."""
+    return [
+        Violation(
+            "operations_end",
+            f"operation {operation.number}",
+            f"{operation.kind.value} by {operation.client} took "
+            f"{operation.ended - operation.started:.1f} s; the bound is {seconds_max:.1f} s",
+        )
+        for operation in ledger.operations
+        if operation.ended - operation.started > seconds_max
+    ]
