@@ -58,7 +58,8 @@ from protocol.limits import (
 
 T = TypeVar("T")
 
-_HASH_THREADS = 2
+_THREADS = 4
+"""For hashing, and for reading and writing local files: some of them wait for a disk."""
 _CONNECTIONS = 32
 _FETCH_ROUNDS_MAX = 64
 _HASH_IN_LOOP_BYTES = 16 * 1024
@@ -96,7 +97,7 @@ class HaversackClient:
     async def __aenter__(self) -> Self:
         self._transport.open()
         if self._given_executor is None:
-            self._own_executor = ThreadPoolExecutor(_HASH_THREADS, "haversack-client")
+            self._own_executor = ThreadPoolExecutor(_THREADS, "haversack-client")
         return self
 
     async def __aexit__(
@@ -255,8 +256,8 @@ class HaversackClient:
                 found[block] = BlockNotFound(block)
             elif status is not FrameStatus.NOT_SENT:
                 unavailable.append(block)  # unreadable there, or its bytes are wrong here
-        for block in unavailable:  # alone: retried, and with the exact reason
-            found[block] = await or_error(self.get_block(block))
+        alone = await asyncio.gather(*(or_error(self.get_block(block)) for block in unavailable))
+        found.update(zip(unavailable, alone, strict=True))  # retried, and with the exact reason
 
     # ---------------------------------------------------------------- metadata
 
