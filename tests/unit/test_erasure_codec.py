@@ -165,7 +165,7 @@ def test_a_payload_of_another_length_is_refused(scheme: Scheme, change: int) -> 
 def test_sources_may_be_any_kind_of_buffer() -> None:
     scheme, stored = Scheme.rs(4, 2), block_of(999)
     payloads = CODEC.encode(scheme, stored)
-    mixed = {
+    mixed: dict[int, Buffer] = {
         0: bytes(payloads[0]),
         2: bytearray(payloads[2]),
         4: memoryview(payloads[4]),
