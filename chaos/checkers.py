@@ -221,10 +221,10 @@ def references_are_authorised(ledger: Ledger, versions: Iterable[Version]) -> li
 def reference_counts_match(
     versions: Iterable[Version], references: Iterable[References]
 ) -> list[Violation]:
-    """Per namespace, the counter of each block equals the versions that list it."""
+    """Per namespace, the counter of each block equals its occurrences in all kept versions."""
     counted: Counter[tuple[str, BlockHash]] = Counter()
     for version in versions:
-        for block in dict.fromkeys(version.blocks):
+        for block in version.blocks:
             counted[version.owner, block] += 1
     kept = {(item.owner, item.block): item.count for item in references}
     return [
@@ -235,6 +235,26 @@ def reference_counts_match(
         )
         for owner, block in sorted({*counted, *kept})
         if counted[owner, block] != kept.get((owner, block), 0)
+    ]
+
+
+def own_blocks_may_be_referenced(
+    ledger: Ledger, operation: Operation, missing: Iterable[BlockHash], claim_s: float
+) -> list[Violation]:
+    """A put gives its sender a claim: a commit may not call a block missing that the same owner
+    was told is stored less than `claim_s` before."""
+    put_at: dict[BlockHash, float] = {}
+    for put in ledger.of_kind(Kind.PUT):
+        if put.owner == operation.owner and put.outcome is Outcome.ACKNOWLEDGED:
+            put_at[put.blocks[0]] = put.ended
+    return [
+        Violation(
+            "own_blocks_may_be_referenced",
+            f"{operation.owner}:{operation.path}",
+            f"{block} is called missing; {operation.owner} was told that it is stored",
+        )
+        for block in missing
+        if block in put_at and operation.ended - put_at[block] < claim_s
     ]
 
 
