@@ -20,13 +20,14 @@ from pathlib import Path
 from cluster.cell import Cell, NodeSpec, add_nodes, create_cell, open_cell, prepare_schema
 from erasure.scheme import Scheme
 from metadata.accounts import Accounts
-from metadata.migrate import prepare_schema as prepare_metadata_schema
+from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
 from protocol.errors import ConfigInvalid, DirectoryForeign, HaversackError
 from protocol.ids import NodeId
 from sql.database import Database
 from sql.engine import sqlite_url
+from sql.migrations import upgrade
 from storage_node import identity
 
 SECRET_BYTES = 32
@@ -135,13 +136,11 @@ async def _admin(settings: Settings) -> None:
     """Schema of the metadata; the admin account and the file with its token, once."""
     database = Database(sqlite_url(settings.metadata_database), inline=True)
     try:
-        prepare_metadata_schema(database)
+        upgrade(database, METADATA_MIGRATIONS)
         token_file = settings.data / "admin.token"
         if not token_file.exists():
             accounts = Accounts(database, SystemClock(), secrets.token_bytes)
-            account = await accounts.find(ADMIN_NAME)
-            if account is None:
-                account = await accounts.create_account(ADMIN_NAME, admin=True)
+            account = await accounts.first_admin(ADMIN_NAME)
             write_private(token_file, await accounts.issue_token(account, "first start"))
     finally:
         database.close()
