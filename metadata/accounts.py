@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from metadata.namespaces import create_namespace
-from metadata.paths import name_key
 from metadata.schema import accounts, tokens
 from protocol.clock import Clock
 from protocol.errors import EntryNotFound, InvalidRequest, Unauthenticated
+from protocol.names import name_key
 from sql.database import Database
 
 TOKEN_PREFIX = "hvs_"

@@ -10,10 +10,9 @@ holds one of `Résumé.TXT` and `résumé.txt`, whichever normal form each was t
 
 from __future__ import annotations
 
-import unicodedata
-
 from protocol.errors import InvalidPath
 from protocol.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, PATH_DEPTH_MAX
+from protocol.names import name_key
 
 Names = tuple[str, ...]
 """Segments of a path from the root down, as displayed."""
@@ -45,18 +44,6 @@ def parse_path(text: str) -> Names:
     for name in names:
         _check_name(text, name, encoded_length)
     return names
-
-
-def name_key(name: str) -> str:
-    """What makes a name unique in its folder: NFC of the case-folded NFD.
-
-    Folding the decomposed form makes canonically equivalent names fold alike (Unicode 3.13,
-    D145); composing the result keeps keys short.
-    """
-    if name.isascii():
-        return name.lower()
-    folded = unicodedata.normalize("NFD", name).casefold()
-    return unicodedata.normalize("NFC", folded)
 
 
 def keys_of(names: Names) -> tuple[str, ...]:
