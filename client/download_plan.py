@@ -59,6 +59,7 @@ async def plan_download(client: HaversackClient, remote: str, local: str) -> Dow
             folder, name = _split(local)
             builder.add(entry, (name,))
             return builder.plan(folder)
+        remote = entry.path  # as it was created: the listing spells it so
     builder.folders.append(())
     prefix = remote.rstrip("/") + "/"
     async for entry in client.iter_folder(remote, recursive=True):

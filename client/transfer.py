@@ -29,6 +29,7 @@ from client.report import (
 from client.upload import Uploader
 from client.upload_plan import RemoteState, UploadPlan, check_remote, walk
 from protocol.errors import EntryNotFound, HaversackError
+from protocol.names import name_key
 
 __all__ = [
     "Counters",
@@ -146,11 +147,11 @@ async def _standing(client: HaversackClient, remote: str) -> dict[str, RemoteSta
     try:
         if remote != "/":
             entry = await client.entry(remote)
-            found[remote] = RemoteState.of(entry)
+            found[name_key(remote)] = RemoteState.of(entry)
             if entry.kind is not EntryKind.FOLDER:
                 return found
         async for entry in client.iter_folder(remote, recursive=True):
-            found[entry.path] = RemoteState.of(entry)
+            found[name_key(entry.path)] = RemoteState.of(entry)
     except EntryNotFound:
         pass  # nothing there yet; or deleted under us, and then nothing is replaced
     return found

@@ -31,6 +31,7 @@ from client.upload_plan import (
     block_count,
     cut_windows,
     fingerprint,
+    standing_at,
 )
 from protocol.errors import FileChanged, HaversackError, MissingBlocks
 from protocol.ids import BlockHash
@@ -195,7 +196,7 @@ class Uploader:
             else:
                 self._ledger.fail(state.file.local, state.error)
             return
-        standing = self._plan.standing.get(state.file.remote)
+        standing = standing_at(self._plan.standing, state.file.remote)
         if standing is not None and self._stands(state) and _attributes_stand(state.file, standing):
             counters.files_unchanged += 1
             counters.files_done += 1
@@ -213,7 +214,7 @@ class Uploader:
 
     def _stands(self, state: _FileState) -> bool:
         """The server has this very content at this path already."""
-        standing = self._plan.standing.get(state.file.remote)
+        standing = standing_at(self._plan.standing, state.file.remote)
         return (
             standing is not None
             and standing.kind is EntryKind.FILE
@@ -259,7 +260,7 @@ class Uploader:
     # ---------------------------------------------------------- links and folders
 
     async def _put_link(self, link: LocalLink, commits: CommitQueue) -> None:
-        standing = self._plan.standing.get(link.remote)
+        standing = standing_at(self._plan.standing, link.remote)
         if (
             standing is not None
             and standing.kind is EntryKind.SYMLINK
@@ -287,7 +288,7 @@ class Uploader:
         slots = asyncio.Semaphore(self._options.parallel)
 
         async def make(path: str) -> None:
-            standing = self._plan.standing.get(path)
+            standing = standing_at(self._plan.standing, path)
             async with slots:
                 if self._stopped is not None:
                     return

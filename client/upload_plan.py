@@ -24,6 +24,7 @@ from protocol.limits import (
     PATH_BYTES_MAX,
     PATH_DEPTH_MAX,
 )
+from protocol.names import name_key
 
 
 class FileStamp(NamedTuple):
@@ -95,6 +96,7 @@ class UploadPlan:
     folders: tuple[str, ...]
     """Folders to make: those that no file or symlink brings into being."""
     standing: Mapping[str, RemoteState]
+    """What the server had, by the `name_key` of the path."""
     refused: tuple[ItemFailure, ...]
     notes: tuple[ItemNote, ...]
 
@@ -117,6 +119,11 @@ class Piece(NamedTuple):
 
 Window = tuple[Piece, ...]
 """Pieces that are read, checked and sent together."""
+
+
+def standing_at(standing: Mapping[str, RemoteState], path: str) -> RemoteState | None:
+    """What the server had at a path, in whatever case the path is written."""
+    return standing.get(name_key(path))
 
 
 def fingerprint(blocks: Sequence[BlockHash], content: bytes | None, symlink: str | None) -> bytes:
@@ -203,10 +210,12 @@ class _Walk:
                 self._refused.append(ItemFailure(folder, local_error(folder, error)))
                 continue
             fruitful, below = False, []
+            names: dict[str, str] = {}
             for entry in found:
                 path = f"{folder_remote.rstrip('/')}/{entry.name}"
                 try:
                     check_remote(path)
+                    _check_unique(entry.name, names)
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISDIR(status.st_mode):
                         below.append((entry.path, path))
@@ -251,6 +260,16 @@ def check_remote(path: str) -> None:
             raise InvalidPath(f"{path!r} has a segment that no entry can have: {part!r}")
         if len(part.encode()) > NAME_BYTES_MAX:
             raise InvalidPath(f"the name {part[:80]!r}... is longer than {NAME_BYTES_MAX} bytes")
+
+
+def _check_unique(name: str, names: dict[str, str]) -> None:
+    """Raises `InvalidPath` for a name that the server holds to be one seen before."""
+    first = names.setdefault(name_key(name), name)
+    if first != name:
+        raise InvalidPath(
+            f"{name!r} and {first!r} are one name on the server, which ignores case and Unicode "
+            "form: rename one of them"
+        )
 
 
 def _is_text(name: str) -> bool:
