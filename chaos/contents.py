@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from protocol.limits import BLOCK_BYTES_MAX, SMALL_BLOCK_BYTES
 
-
 EDGE_LENGTHS: tuple[int, ...] = (
     *(0, 1, 2, 5, 6, 7, 255, 256, 4_095, 4_096),
     SMALL_BLOCK_BYTES - 1,
