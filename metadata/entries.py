@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import orjson
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, TextualSelect, column, text
 
 from metadata import numbers
 from metadata.paths import Names, join_path
@@ -141,33 +141,43 @@ def rows_named(connection: Connection, wanted: list[tuple[int, str]]) -> list[En
     return [EntryRow(*row) for row in rows]
 
 
-ROW_COLUMNS = (
+_ROW_COLUMNS = (
     "e.id, e.parent_id, e.name, e.name_key, e.kind, e.rev, e.created, "
     "v.size, v.mtime, v.executable, v.block_list, v.content, v.symlink, v.created"
 )
-"""Columns of an `EntryRow`, of `entries e LEFT JOIN versions v ON v.id = e.rev`."""
+
+
+def select_rows(sources: str, rest: str, *, common: str = "") -> TextualSelect:
+    """`SELECT` of `EntryRow`s from `sources`, which name the entries `e`.
+
+    The columns are declared, so that SQLAlchemy does not study each result anew.
+    """
+    query = (
+        f"{common} SELECT {_ROW_COLUMNS} FROM {sources} LEFT JOIN versions v ON v.id = e.rev {rest}"
+    )
+    return text(query).columns(*(column(name) for name in EntryRow._fields))
 
 
 @functools.cache
-def _on_path(dialect: str) -> TextClause:
+def _on_path(dialect: str) -> TextualSelect:
     key = {
         "sqlite": "json_extract(:keys, '$[' || walk.depth || ']')",
         "postgresql": "CAST(:keys AS json) ->> walk.depth",
     }[dialect]
-    return text(
-        "WITH RECURSIVE walk(depth, id) AS ("
+    return select_rows(
+        "walk JOIN entries e ON e.id = walk.id",
+        "ORDER BY walk.depth",
+        common="WITH RECURSIVE walk(depth, id) AS ("
         "  SELECT 0, e.id FROM entries e WHERE e.id = :root"
         "  UNION ALL"
         "  SELECT walk.depth + 1, e.id FROM walk JOIN entries e"
         f"  ON e.parent_id = walk.id AND e.name_key = {key} AND e.deleted IS NULL"
-        "  WHERE walk.depth < :depth"
-        f") SELECT {ROW_COLUMNS} FROM walk JOIN entries e ON e.id = walk.id"
-        " LEFT JOIN versions v ON v.id = e.rev ORDER BY walk.depth"
+        "  WHERE walk.depth < :depth)",
     )
 
 
 @functools.cache
-def _named(dialect: str) -> TextClause:
+def _named(dialect: str) -> TextualSelect:
     # CROSS JOIN keeps SQLite from scanning the entries and searching the wanted pairs.
     wanted, parent, key = {
         "sqlite": (
@@ -181,10 +191,9 @@ def _named(dialect: str) -> TextClause:
             "w.value ->> 1",
         ),
     }[dialect]
-    return text(
-        f"SELECT {ROW_COLUMNS} FROM {wanted} CROSS JOIN entries e"
-        " LEFT JOIN versions v ON v.id = e.rev"
-        f" WHERE e.parent_id = {parent} AND e.name_key = {key} AND e.deleted IS NULL"
+    return select_rows(
+        f"{wanted} CROSS JOIN entries e",
+        f"WHERE e.parent_id = {parent} AND e.name_key = {key} AND e.deleted IS NULL",
     )
 
 

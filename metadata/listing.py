@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
-from metadata.entries import ROW_COLUMNS, Entry, EntryKind, EntryRow, rows_on_path
+from metadata.entries import Entry, EntryKind, EntryRow, rows_on_path, select_rows
 from metadata.paths import Names
 from protocol.errors import InvalidRequest
 from protocol.hashing import checksum64
@@ -163,8 +163,8 @@ def _children(connection: Connection, frame: _Frame, most: int) -> Iterator[Entr
         yield EntryRow(*row)
 
 
-_CHILDREN = text(
-    f"SELECT {ROW_COLUMNS} FROM entries e LEFT JOIN versions v ON v.id = e.rev"
-    " WHERE e.parent_id = :folder AND e.name_key > :after AND e.deleted IS NULL"
-    " ORDER BY e.name_key LIMIT :most"
+_CHILDREN = select_rows(
+    "entries e",
+    "WHERE e.parent_id = :folder AND e.name_key > :after AND e.deleted IS NULL"
+    " ORDER BY e.name_key LIMIT :most",
 )

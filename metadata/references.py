@@ -12,25 +12,15 @@ are the truth and the counts follow them in the same transaction; the property t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import (
-    Connection,
-    Integer,
-    LargeBinary,
-    Text,
-    bindparam,
-    cast,
-    func,
-    literal,
-    select,
-    text,
-)
+from sqlalchemy import Connection, TextClause, text
 
-from metadata.schema import namespace_blocks
 from protocol.ids import BLOCK_HASH_BYTES, BlockHash
 
-_HASHES_PER_QUERY = 4_096
+_COUNT_BASE = 64
+_HASHES_PER_QUERY = _COUNT_BASE**2
 """Bounds one statement's parameter to 128 KiB."""
 
 
@@ -39,12 +29,13 @@ def referenced(
 ) -> set[BlockHash]:
     """Those of `hashes` that a kept version of the namespace lists."""
     found: set[BlockHash] = set()
+    query = _referenced(connection.dialect.name)
     for start in range(0, len(hashes), _HASHES_PER_QUERY):
         part = hashes[start : start + _HASHES_PER_QUERY]
         parameters = {"namespace": namespace_id, "packed": b"".join(part), "count": len(part)}
-        positions: str | None = connection.execute(_REFERENCED, parameters).scalar_one()
+        positions: str | None = connection.execute(query, parameters).scalar_one()
         if positions:
-            found.update(part[int(position)] for position in positions.split(","))
+            found.update(map(part.__getitem__, map(int, positions.split(","))))
     return found
 
 
@@ -62,26 +53,26 @@ def add_references(
     connection.execute(_ADD, rows)
 
 
-# Hashes go in as one string of bytes and positions come out as one text: binding 4,096 parameters
-# and stepping through 4,096 rows would each cost more than the look-ups themselves.
-_numbers = select(literal(0, Integer).label("i")).cte("numbers", recursive=True)
-_numbers = _numbers.union_all(
-    select(_numbers.c.i + 1).where(_numbers.c.i + 1 < bindparam("count", type_=Integer))
-)
-_nth_hash = func.substr(
-    bindparam("packed", type_=LargeBinary),
-    _numbers.c.i * BLOCK_HASH_BYTES + 1,
-    BLOCK_HASH_BYTES,
-    type_=LargeBinary,
-)
-_REFERENCED = select(func.aggregate_strings(cast(_numbers.c.i, Text), ",")).where(
-    select(literal(1))
-    .where(
-        namespace_blocks.c.namespace_id == bindparam("namespace"),
-        namespace_blocks.c.hash == _nth_hash,
+@functools.cache
+def _referenced(dialect: str) -> TextClause:
+    """Positions, as one text, of the hashes in `packed` that have a row.
+
+    Hashes go in as one string of bytes and positions come out as one text: binding 4,096
+    parameters and stepping through 4,096 rows would each cost more than the look-ups themselves.
+    CROSS JOIN keeps the count's high digit outside, so that few hashes cost little.
+    """
+    digits = ", ".join(f"({digit})" for digit in range(_COUNT_BASE))
+    join = {"sqlite": "group_concat", "postgresql": "string_agg"}[dialect]
+    position = f"({_COUNT_BASE} * high.n + low.n)"
+    return text(
+        f"WITH high(n) AS (VALUES {digits}), low(n) AS (VALUES {digits})"
+        f" SELECT {join}(CAST({position} AS TEXT), ',')"
+        " FROM high CROSS JOIN low CROSS JOIN namespace_blocks b"
+        f" WHERE {_COUNT_BASE} * high.n < :count AND {position} < :count"
+        " AND b.namespace_id = :namespace AND b.hash ="
+        f" substr(:packed, {BLOCK_HASH_BYTES} * {position} + 1, {BLOCK_HASH_BYTES})"
     )
-    .exists()
-)
+
 
 # The same text on SQLite and PostgreSQL.
 _ADD = text(

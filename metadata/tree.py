@@ -21,6 +21,7 @@ from metadata import numbers
 from metadata.accounts import Account
 from metadata.batch import Batch, CommitResult
 from metadata.changes import Change, CommitRequest, check_commit
+from metadata.commit_queue import CommitQueue, Outcome
 from metadata.entries import Entry, EntryKind, EntryRow, rows_on_path
 from metadata.listing import Page, list_page
 from metadata.namespaces import ChangeKind, JournalLine, append_journal, lock_namespace
@@ -42,9 +43,6 @@ from sql.database import Database
 
 _T = TypeVar("_T")
 
-Outcome = CommitResult | HaversackError
-"""What became of one entry of a batch."""
-
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
@@ -61,6 +59,7 @@ class Tree:
         """`database` is migrated to the newest schema (`schema.MIGRATIONS`)."""
         self._database = database
         self._clock = clock
+        self._queue = CommitQueue(self._commit)
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -75,8 +74,7 @@ class Tree:
         or None), `MissingBlocks`.
         """
         change = check_commit(request, claimed)
-        (outcome,) = await self._commit(account, [change])
-        return _raised(outcome)
+        return _raised(await self._queue.commit(account.namespace_id, change))
 
     async def commit_many(
         self, account: Account, requests: Sequence[CommitRequest], claimed: AbstractSet[BlockHash]
@@ -95,7 +93,7 @@ class Tree:
             except HaversackError as refusal:
                 outcomes[index] = refusal
         if changes:
-            decided = await self._commit(account, list(changes.values()))
+            decided = await self._commit(account.namespace_id, list(changes.values()))
             outcomes.update(zip(changes, decided, strict=True))
         return [outcomes[index] for index in range(len(requests))]
 
@@ -200,16 +198,16 @@ class Tree:
 
     # -- inside --------------------------------------------------------------------------------
 
-    async def _commit(self, account: Account, changes: list[Change]) -> list[Outcome]:
+    async def _commit(self, namespace_id: int, changes: list[Change]) -> list[Outcome]:
         now = self._clock.wall()
         unclaimed = list(dict.fromkeys(block for change in changes for block in change.unclaimed))
         paths = dict.fromkeys(change.keys for change in changes)
 
         def work(connection: Connection) -> list[Outcome]:
-            position = lock_namespace(connection, account.namespace_id)
-            root = load(connection, numbers.root_entry(account.namespace_id), paths)
-            vouched = referenced(connection, account.namespace_id, unclaimed)
-            batch = Batch(account.namespace_id, position, root, vouched, now)
+            position = lock_namespace(connection, namespace_id)
+            root = load(connection, numbers.root_entry(namespace_id), paths)
+            vouched = referenced(connection, namespace_id, unclaimed)
+            batch = Batch(namespace_id, position, root, vouched, now)
             outcomes: list[Outcome] = [batch.commit(change) for change in changes]
             batch.write(connection)
             return outcomes
