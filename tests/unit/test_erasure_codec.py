@@ -197,3 +197,17 @@ def test_cauchy_is_mds_where_vandermonde_is_not() -> None:
     assert singular_subsets(EC_TYPE, 6, 5) == 0
     assert singular_subsets(EC_TYPE, 5, 6) == 0
     assert singular_subsets(EC_TYPE, 10, 5) == 0
+
+
+def test_payloads_do_not_depend_on_which_checksum_the_library_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The switch of LP#1886088 changes the library's headers, so it must not change ours."""
+    scheme, stored = Scheme.rs(4, 2), block_of(1000)
+    before = CODEC.encode(scheme, stored)
+    monkeypatch.setenv("LIBERASURECODE_WRITE_LEGACY_CRC", "1")
+    legacy = Codec()
+    assert legacy.encode(scheme, stored) == before
+    left = dict(list(enumerate(before))[2:])
+    assert legacy.decode(scheme, left, len(stored)) == stored
+    assert legacy.reconstruct(scheme, left, [0, 1], len(stored)) == {0: before[0], 1: before[1]}

@@ -151,9 +151,11 @@ def test_replicas_that_lie_are_named() -> None:
 def test_a_fragment_served_for_another_slot_is_set_aside() -> None:
     whole = fragments_of()
     swapped = {**whole, 2: whole[5], 5: whole[2]}
-    recovered = recover(swapped)
+    counting = CountingCodec()
+    recovered = recover(swapped, codec=counting)
     assert recovered.plain == PLAIN
     assert recovered.liars == (2, 5)
+    assert counting.decodes == 1
 
 
 def test_one_fragment_served_for_several_slots_counts_once() -> None:
@@ -170,8 +172,10 @@ def test_fragments_of_another_block_are_set_aside() -> None:
     recovered = recover({**whole, 1: other[1], 7: other[7]})
     assert recovered.plain == PLAIN
     assert recovered.liars == (1, 7)
+    counting = CountingCodec()
     with pytest.raises(BlockUnreadable):
-        recover(other)
+        recover(other, codec=counting)
+    assert counting.decodes == 0
 
 
 def test_fragments_of_another_scheme_are_set_aside() -> None:
