@@ -46,6 +46,8 @@ class BlockClientSettings:
     placement_wait_s: float = 6.0
     """How long a put waits for the placement service to open a volume without the failed nodes."""
     placement_poll_s: float = 0.1
+    retry_pause_s: float = 0.1
+    """Before the same nodes are tried again: a busy one, or a map that did not change yet."""
     put_group_bytes_max: int = BATCH_BODY_BYTES_MAX
     """Stored bytes of blocks that go to one volume together: bounds a frame of a replica slot."""
     get_s: float = 15.0

@@ -24,7 +24,7 @@ from protocol.errors import (
     NodeUnavailable,
 )
 from protocol.hashing import Buffer
-from protocol.ids import NodeId
+from protocol.ids import NodeId, VolumeId
 
 RETRY_FIRST_S = 0.1
 """Pause before a read whose nodes may come back is tried again; doubles, jittered by half."""
@@ -61,7 +61,8 @@ class GetPath:
                 return plain
             row, known = await self._row_again(row), None
             await self._map.refresh()
-            if await self._map.volume(row.volume) != volume or self._lives(volume) != lives:
+            now = await self._map.volume(row.volume)
+            if _place(now) != _place(volume) or self._lives(volume) != lives:
                 continue
             pause_s = RETRY_FIRST_S * 2.0**attempt * (0.5 + self._tools.rng.random())
             if not reading.may_come_back or clock.monotonic() + pause_s >= deadline:
@@ -106,6 +107,11 @@ class GetPath:
                 return
         for problem in problems:
             self._report(problem)
+
+
+def _place(volume: VolumeView) -> tuple[VolumeId, int]:
+    """Where a volume's fragments are: every change of its slots raises its epoch."""
+    return volume.volume_id, volume.epoch
 
 
 def _unreadable(row: BlockRow, volume: VolumeView, reading: StripeRead) -> BlockUnreadable:

@@ -39,7 +39,9 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
+from protocol.messages import SummaryReply
 from storage_node.interface import FragmentKey, NodePort, PutOutcome, StoredRecord
+from storage_node.service_state import ServiceState
 
 BACKOFF_FIRST_S = 0.25
 """Before the first probe of a suspected node; doubles with every failure, then jittered by half."""
@@ -80,11 +82,25 @@ class Direction(enum.Enum):
 _SUSPICIOUS = (NodeUnavailable, UnknownOutcome, NodeRefuses, NodeFull, HandshakeRefused)
 """Failures that speak of the node; a stale incarnation or epoch speaks of our map."""
 
+_READABLE_STATES = (ServiceState.SERVING, ServiceState.FAILED)
+
 _Life = tuple[int, str]
 
 
 def _life_of(view: NodeView) -> _Life:
     return view.incarnation, view.endpoint
+
+
+def _check_service(node_id: NodeId, reply: SummaryReply, direction: Direction) -> None:
+    """Raise `NodeRefuses` or `NodeFull` if a node that answers would still refuse requests."""
+    if direction is Direction.READ:
+        serves = reply.state in _READABLE_STATES
+    else:
+        serves = reply.state == ServiceState.SERVING and reply.counters.get("lease", True)
+    if not serves:
+        raise NodeRefuses(f"{node_id} is {reply.state} {reply.detail}".rstrip())
+    if direction is Direction.WRITE and reply.disk_free_bytes <= 0:
+        raise NodeFull(f"{node_id} has no free space")
 
 
 class _Breaker:
@@ -262,13 +278,16 @@ class NodePool:
         """Suspect a node; one that cannot be reached, in both directions."""
         record = self._record(node_id)
         if isinstance(error, NodeFull | NodeRefuses):
-            self._suspect(node_id, record.breakers[direction], error)
+            self._suspect(node_id, record, direction, error)
             return
-        for breaker in record.breakers.values():
-            self._suspect(node_id, breaker, error)
+        for each in Direction:
+            self._suspect(node_id, record, each, error)
 
-    def _suspect(self, node_id: NodeId, breaker: _Breaker, error: HaversackError) -> None:
+    def _suspect(
+        self, node_id: NodeId, record: _NodeRecord, direction: Direction, error: HaversackError
+    ) -> None:
         """Open a breaker.  The failures of one burst count once: all found the same thing out."""
+        breaker = record.breakers[direction]
         if breaker.is_open or self._closed:
             return
         breaker.failures += 1
@@ -278,18 +297,19 @@ class NodePool:
         except NodeUnavailable:
             breaker.life = None
         breaker.probe = asyncio.get_running_loop().create_task(
-            self._probe(node_id, breaker), name=f"probe-{node_id}"
+            self._probe(node_id, breaker, direction), name=f"probe-{node_id}"
         )
 
-    async def _probe(self, node_id: NodeId, breaker: _Breaker) -> None:
-        """Ask a suspected node for its summary, more and more rarely, until it answers."""
+    async def _probe(self, node_id: NodeId, breaker: _Breaker, direction: Direction) -> None:
+        """Ask a suspected node for its summary, more and more rarely, until it serves again."""
         while True:
             backoff = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(breaker.failures - 1, 16))
             await self._clock.sleep(backoff * (0.5 + self._rng.random()))
             with contextlib.suppress(DatabaseBusy):  # the map we have will do for a probe
                 await self._map.refresh(max_age_s=BACKOFF_FIRST_S)
             try:
-                await self.port(node_id).summary(PROBE_DEADLINE_S)
+                reply = await self.port(node_id).summary(PROBE_DEADLINE_S)
+                _check_service(node_id, reply, direction)
             except HaversackError as error:
                 breaker.failures += 1
                 breaker.reason = str(error)

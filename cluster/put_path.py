@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from cluster.block_client_settings import BlockClientSettings, PutResult, Run
 from cluster.block_index import BlockIndex, BlockRow, NewBlock, Receipt, RecordOutcome
 from cluster.block_rows import BlockRows
-from cluster.node_pool import Direction, NodePool
+from cluster.node_pool import NodePool
 from cluster.topology import VolumeView
+from cluster.volume_choice import Choice, VolumeChooser
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
 from erasure.envelope import seal
@@ -39,6 +40,7 @@ from protocol.clock import Clock
 from protocol.errors import (
     HaversackError,
     NotEnoughNodes,
+    Overloaded,
     StaleEpoch,
     StaleIncarnation,
 )
@@ -77,19 +79,12 @@ class _Group:
     deadline: float
     avoid: dict[NodeId, str] = field(default_factory=dict)
     """Nodes that failed this group, with the reason."""
+    map_version: int = 0
+    """Of the map that the last choice was made from."""
     map_is_stale: bool = False
+    overloaded: Overloaded | None = None
+    """What a node said in the last attempt whose queue is full."""
     results: dict[BlockHash, PutResult | HaversackError] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A volume and who is to be written to."""
-
-    volume: VolumeView
-    receipts: tuple[Receipt, ...]
-    """What each slot's answer must say."""
-    missing: tuple[int, ...]
-    """Slots that are vacant or whose nodes are avoided: debts, if the block is recorded."""
 
 
 @dataclass(slots=True)
@@ -100,8 +95,8 @@ class _Answers:
     """Slots that acknowledged nothing, with the reason."""
     refused: dict[int, dict[int, str]] = field(default_factory=dict)
     """Per index of a block: slots that acknowledged others and not this one."""
-    stale: set[int] = field(default_factory=set)
-    """Slots whose failure says that our map is old."""
+    passing: set[int] = field(default_factory=set)
+    """Slots whose failure says nothing about their node: our map is old, or it is busy."""
 
 
 class PutPath:
@@ -124,6 +119,7 @@ class PutPath:
         self._rows = rows
         self._map = volume_map
         self._pool = pool
+        self._chooser = VolumeChooser(volume_map, pool, clock, rng, settings)
         self._codec = codec
         self._keyring = keyring
         self._clock = clock
@@ -143,11 +139,13 @@ class PutPath:
         try:
             await self._map.refresh(self._settings.map_age_s)
             for _ in range(self._settings.put_attempts_max):
-                choice = await self._choose(group)
+                choice = await self._chooser.choose(group.scheme, group.avoid, group.deadline)
+                group.map_version = self._map.version
+                group.overloaded = None
                 await self._attempt(group, choice)
                 if not group.pending:
                     return group.results
-                await self._refresh_if_stale(group)
+                await self._prepare_retry(group)
             error: HaversackError = self._gave_up(group)
         except HaversackError as caught:
             error = caught
@@ -155,78 +153,9 @@ class PutPath:
             group.results[item.block] = error
         return group.results
 
-    # -- choosing ------------------------------------------------------------------------------
-
-    async def _choose(self, group: _Group) -> _Choice:
-        """A volume to write to, waiting a while for the placement service if there is none.
-
-        Raises `NotEnoughNodes`.
-        """
-        give_up_at = min(group.deadline, self._clock.monotonic() + self._settings.placement_wait_s)
-        while True:
-            choice = self._pick(group)
-            if choice is not None:
-                return choice
-            healthy = self._healthy_nodes(group)
-            if healthy < group.scheme.write_minimum:
-                raise NotEnoughNodes(
-                    f"{healthy} storage nodes take writes; {group.scheme} needs at least "
-                    f"{group.scheme.write_minimum} of {group.scheme.n} to acknowledge a block",
-                    self._details(group, healthy),
-                )
-            if self._clock.monotonic() >= give_up_at:
-                raise NotEnoughNodes(
-                    f"no open {group.scheme} volume avoids the nodes that fail now, and the "
-                    "placement service has opened none in time: retry later",
-                    self._details(group, healthy),
-                )
-            await self._clock.sleep(self._settings.placement_poll_s)
-            await self._map.refresh()
-
-    def _pick(self, group: _Group) -> _Choice | None:
-        """An open volume with all slots writable, at random; short of nodes, the best there is."""
-        volumes = list(self._map.open_volumes(group.scheme))
-        self._rng.shuffle(volumes)
-        best: VolumeView | None = None
-        best_slots: list[int] = []
-        for volume in volumes:
-            slots = self._usable_slots(volume, group)
-            if len(slots) == group.scheme.n:
-                return self._choice(volume, slots)
-            if len(slots) > len(best_slots):
-                best, best_slots = volume, slots
-        if best is None or len(best_slots) < group.scheme.write_minimum:
-            return None
-        if self._healthy_nodes(group) >= group.scheme.n:
-            return None
-        return self._choice(best, best_slots)
-
-    def _usable_slots(self, volume: VolumeView, group: _Group) -> list[int]:
-        return [
-            slot
-            for slot, node_id in enumerate(volume.slots)
-            if node_id is not None and self._is_usable(node_id, group)
-        ]
-
-    def _is_usable(self, node_id: NodeId, group: _Group) -> bool:
-        return node_id not in group.avoid and self._pool.is_trusted(node_id, Direction.WRITE)
-
-    def _healthy_nodes(self, group: _Group) -> int:
-        """Failure domains that can take a fragment now."""
-        return sum(self._is_usable(node.node_id, group) for node in self._map.nodes())
-
-    def _choice(self, volume: VolumeView, slots: Sequence[int]) -> _Choice:
-        receipts = []
-        for slot in slots:
-            node_id = volume.slots[slot]
-            assert node_id is not None
-            receipts.append(Receipt(slot, node_id, self._map.node(node_id).incarnation))
-        missing = tuple(slot for slot in range(volume.scheme.n) if slot not in slots)
-        return _Choice(volume, tuple(receipts), missing)
-
     # -- one attempt ---------------------------------------------------------------------------
 
-    async def _attempt(self, group: _Group, choice: _Choice) -> None:
+    async def _attempt(self, group: _Group, choice: Choice) -> None:
         """Write all pending blocks to one volume and record those that may be acknowledged."""
         stripes = await self._encode(group, choice.volume)
         answers = await self._send(group, choice, stripes)
@@ -271,7 +200,7 @@ class PutPath:
             )
         return stripes
 
-    async def _send(self, group: _Group, choice: _Choice, stripes: Sequence[_Stripe]) -> _Answers:
+    async def _send(self, group: _Group, choice: Choice, stripes: Sequence[_Stripe]) -> _Answers:
         """One frame to each slot's node, in parallel; notes every slot that did not acknowledge."""
         left_s = group.deadline - self._clock.monotonic()
         if left_s <= 0:
@@ -308,14 +237,17 @@ class PutPath:
                 raise outcome
             answers.failed[receipt.slot] = str(outcome)
             if isinstance(outcome, StaleIncarnation | StaleEpoch):
-                answers.stale.add(receipt.slot)
+                answers.passing.add(receipt.slot)
                 group.map_is_stale = True
+            elif isinstance(outcome, Overloaded):
+                answers.passing.add(receipt.slot)
+                group.overloaded = outcome
             else:
                 group.avoid[receipt.node_id] = str(outcome)
             return
         if outcome.incarnation != receipt.incarnation:
             answers.failed[receipt.slot] = f"answered as incarnation {outcome.incarnation}"
-            answers.stale.add(receipt.slot)
+            answers.passing.add(receipt.slot)
             group.map_is_stale = True
             return
         if len(outcome.statuses) != expected:
@@ -330,7 +262,7 @@ class PutPath:
             why = ItemStatus(status).name
             answers.refused.setdefault(number, {})[receipt.slot] = why
             if status == ItemStatus.STALE_EPOCH:
-                answers.stale.add(receipt.slot)
+                answers.passing.add(receipt.slot)
                 group.map_is_stale = True
             else:
                 group.avoid[receipt.node_id] = why
@@ -338,7 +270,7 @@ class PutPath:
     def _entry(
         self,
         group: _Group,
-        choice: _Choice,
+        choice: Choice,
         answers: _Answers,
         number: int,
         item: PendingBlock,
@@ -348,13 +280,13 @@ class PutPath:
         refused = answers.refused.get(number)
         if answers.failed or refused:
             lost = {*answers.failed, *(refused or ())}
-            if lost & answers.stale:
+            if lost & answers.passing:
                 return None
             receipts = tuple(receipt for receipt in receipts if receipt.slot not in lost)
             missing = tuple(sorted({*missing, *lost}))
             if len(receipts) < group.scheme.write_minimum:
                 return None
-            if self._healthy_nodes(group) >= group.scheme.n:
+            if self._chooser.healthy_nodes(group.avoid) >= group.scheme.n:
                 return None
         assert item.stored is not None
         return NewBlock(
@@ -391,28 +323,25 @@ class PutPath:
                     BlockRow(entry.hash, entry.volume, entry.stored_bytes, entry.plain_bytes)
                 )
 
-    async def _refresh_if_stale(self, group: _Group) -> None:
-        """After a refusal that names our map: read it again, and give it a moment to change."""
-        if not group.map_is_stale:
-            return
-        group.map_is_stale = False
-        if not await self._map.refresh():
-            await self._clock.sleep(self._settings.placement_poll_s)
+    async def _prepare_retry(self, group: _Group) -> None:
+        """After a refusal that names our map: read it again, and give it a moment to change.
+        After one that says busy: give the node a moment."""
+        if group.map_is_stale:
             await self._map.refresh()
+        stays_the_same = group.map_is_stale and self._map.version == group.map_version
+        if stays_the_same or group.overloaded is not None:
+            await self._clock.sleep(self._settings.retry_pause_s * (0.5 + self._rng.random()))
+        if stays_the_same:
+            await self._map.refresh()
+        group.map_is_stale = False
 
     # -- giving up -----------------------------------------------------------------------------
 
-    def _gave_up(self, group: _Group) -> NotEnoughNodes:
+    def _gave_up(self, group: _Group) -> HaversackError:
+        if group.overloaded is not None:
+            return group.overloaded
         return NotEnoughNodes(
             f"no volume of scheme {group.scheme} took the block within "
             f"{self._settings.put_attempts_max} attempts and {self._settings.put_s:g} s",
-            self._details(group, self._healthy_nodes(group)),
+            self._chooser.details(group.scheme, group.avoid),
         )
-
-    def _details(self, group: _Group, healthy: int) -> dict[str, object]:
-        return {
-            "scheme": group.scheme.name,
-            "healthy_nodes": healthy,
-            "needed_nodes": group.scheme.n,
-            "failed": {str(node_id): why for node_id, why in group.avoid.items()},
-        }

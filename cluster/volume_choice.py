@@ -1,0 +1,127 @@
+"""Step 3 of the life of a put: which open volume takes the block, and who is healthy enough.
+
+Called by `put_path`.  Reads the map and the pool's suspicions; may not talk to a node or to SQL
+other than by refreshing the map.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.block_client_settings import BlockClientSettings
+from cluster.block_index import Receipt
+from cluster.node_pool import Direction, NodePool
+from cluster.topology import VolumeView
+from cluster.volume_map import VolumeMap
+from erasure.scheme import Scheme
+from protocol.clock import Clock
+from protocol.errors import NotEnoughNodes
+from protocol.ids import NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A volume and who is to be written to."""
+
+    volume: VolumeView
+    receipts: tuple[Receipt, ...]
+    """What each slot's answer must say."""
+    missing: tuple[int, ...]
+    """Slots that are vacant or whose nodes are avoided: debts, if the block is recorded."""
+
+
+class VolumeChooser:
+    """Chooses among the open volumes of the map.
+
+    `avoid` are nodes that failed the put that asks, each with the reason: they count as
+    unhealthy for it even after the pool trusts them again.
+    """
+
+    def __init__(
+        self,
+        volume_map: VolumeMap,
+        pool: NodePool,
+        clock: Clock,
+        rng: random.Random,
+        settings: BlockClientSettings,
+    ) -> None:
+        self._map = volume_map
+        self._pool = pool
+        self._clock = clock
+        self._rng = rng
+        self._settings = settings
+
+    async def choose(self, scheme: Scheme, avoid: Mapping[NodeId, str], deadline: float) -> Choice:
+        """A volume to write to, waiting a while for the placement service if there is none.
+
+        Raises `NotEnoughNodes`: at once with fewer than `write_minimum` healthy nodes.
+        """
+        give_up_at = min(deadline, self._clock.monotonic() + self._settings.placement_wait_s)
+        while True:
+            choice = self._pick(scheme, avoid)
+            if choice is not None:
+                return choice
+            healthy = self.healthy_nodes(avoid)
+            if healthy < scheme.write_minimum:
+                raise NotEnoughNodes(
+                    f"{healthy} storage nodes take writes; {scheme} needs at least "
+                    f"{scheme.write_minimum} of {scheme.n} to acknowledge a block",
+                    self.details(scheme, avoid),
+                )
+            if self._clock.monotonic() >= give_up_at:
+                raise NotEnoughNodes(
+                    f"no open {scheme} volume avoids the nodes that fail now, and the placement "
+                    "service has opened none in time: retry later",
+                    self.details(scheme, avoid),
+                )
+            await self._clock.sleep(self._settings.placement_poll_s)
+            await self._map.refresh()
+
+    def healthy_nodes(self, avoid: Mapping[NodeId, str]) -> int:
+        """Failure domains that can take a fragment now."""
+        return sum(self._is_usable(node.node_id, avoid) for node in self._map.nodes())
+
+    def details(self, scheme: Scheme, avoid: Mapping[NodeId, str]) -> dict[str, object]:
+        """What an operator wants to know when a put was not taken."""
+        return {
+            "scheme": scheme.name,
+            "healthy_nodes": self.healthy_nodes(avoid),
+            "needed_nodes": scheme.n,
+            "failed": {str(node_id): why for node_id, why in avoid.items()},
+        }
+
+    def _pick(self, scheme: Scheme, avoid: Mapping[NodeId, str]) -> Choice | None:
+        """An open volume with all slots usable, at random; short of nodes, the best there is."""
+        volumes = list(self._map.open_volumes(scheme))
+        self._rng.shuffle(volumes)
+        best: VolumeView | None = None
+        best_slots: list[int] = []
+        for volume in volumes:
+            slots = [
+                slot
+                for slot, node_id in enumerate(volume.slots)
+                if node_id is not None and self._is_usable(node_id, avoid)
+            ]
+            if len(slots) == scheme.n:
+                return self._choice(volume, slots)
+            if len(slots) > len(best_slots):
+                best, best_slots = volume, slots
+        if best is None or len(best_slots) < scheme.write_minimum:
+            return None
+        if self.healthy_nodes(avoid) >= scheme.n:
+            return None
+        return self._choice(best, best_slots)
+
+    def _is_usable(self, node_id: NodeId, avoid: Mapping[NodeId, str]) -> bool:
+        return node_id not in avoid and self._pool.is_trusted(node_id, Direction.WRITE)
+
+    def _choice(self, volume: VolumeView, slots: Sequence[int]) -> Choice:
+        receipts = []
+        for slot in slots:
+            node_id = volume.slots[slot]
+            assert node_id is not None
+            receipts.append(Receipt(slot, node_id, self._map.node(node_id).incarnation))
+        missing = tuple(slot for slot in range(volume.scheme.n) if slot not in slots)
+        return Choice(volume, tuple(receipts), missing)
