@@ -103,27 +103,26 @@ class BlockIndex:
             self._record, RECORD_BATCH_BLOCKS, WAITING_BLOCKS_MAX
         )
         self._lookups = Coalescer[BlockHash, BlockRow | None](
-            self._lookup_all, LOOKUP_BATCH_HASHES, WAITING_BLOCKS_MAX
+            self._look_up_each, LOOKUP_BATCH_HASHES, WAITING_BLOCKS_MAX
         )
 
     async def lookup(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, BlockRow]:
         """The rows of those that exist, in no particular order; any number of hashes."""
-        if len(hashes) <= COALESCED_LOOKUP_HASHES:
-            rows = await self._lookups.submit(hashes)
-        else:
-            rows = await self._lookup_all(hashes)
+        if len(hashes) > COALESCED_LOOKUP_HASHES:
+            return await self._look_up(hashes)
+        rows = await self._lookups.submit(hashes)
         return {row.hash: row for row in rows if row is not None}
 
     async def claimed(self, owner: int, hashes: Sequence[BlockHash]) -> set[BlockHash]:
         """Those live blocks that `owner` holds a claim to."""
         now = self._clock.wall()
         wanted = unique_sorted(hashes)
-        found = await self._db.read(
+        claimed, _ = await self._db.read(
             lambda connection: self._sql.claim_life(
                 connection, owner, wanted, created_after=now - CLAIM_SECONDS, expires_after=now
             )
         )
-        return {wanted[position] for position, lives in found if lives}
+        return {wanted[position] for position in claimed}
 
     async def claim(self, owner: int, hashes: Sequence[BlockHash]) -> set[BlockHash]:
         """Claim those that exist and return them, for at least half of `CLAIM_SECONDS` from now.
@@ -135,14 +134,14 @@ class BlockIndex:
         half_s = CLAIM_SECONDS / 2
         wanted = unique_sorted(hashes)
         # A block whose claim lasts cannot be collected before it ends: reading is enough.
-        found = await self._db.read(
+        lasting, others = await self._db.read(
             lambda connection: self._sql.claim_life(
                 connection, owner, wanted, created_after=now - half_s, expires_after=now + half_s
             )
         )
-        held = {wanted[position] for position, lasts in found if lasts}
-        renew = sorted(wanted[position] for position, lasts in found if not lasts)
-        if renew:
+        held = {wanted[position] for position in lasting}
+        if others:
+            renew = sorted(wanted[position] for position in others)
             held |= await self._db.write(
                 lambda connection: self._renew(connection, owner, renew, now)
             )
@@ -170,14 +169,21 @@ class BlockIndex:
 
     # -- batches -------------------------------------------------------------------------------
 
-    async def _lookup_all(self, hashes: Sequence[BlockHash]) -> list[BlockRow | None]:
+    async def _look_up_each(self, hashes: list[BlockHash]) -> list[BlockRow | None]:
+        rows = await self._look_up(hashes)
+        return [rows.get(block) for block in hashes]
+
+    async def _look_up(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, BlockRow]:
         wanted = unique_sorted(hashes)
         found = await self._db.read(lambda connection: self._sql.lookup(connection, wanted))
-        rows = {
-            wanted[position]: BlockRow(wanted[position], VolumeId(volume), stored, plain)
-            for position, volume, stored, plain in found
-        }
-        return [rows.get(block) for block in hashes]
+        names = [wanted[position] for position in found.positions]
+        volume_ids = {number: VolumeId(number) for number in set(found.volumes)}
+        volumes_found = [volume_ids[number] for number in found.volumes]
+        rows = map(
+            BlockRow._make,
+            zip(names, volumes_found, found.stored_bytes, found.plain_bytes, strict=True),
+        )
+        return dict(zip(names, rows, strict=True))
 
     async def _record(self, entries: list[NewBlock]) -> list[RecordOutcome]:
         now = self._clock.wall()
@@ -249,8 +255,8 @@ class BlockIndex:
         self, connection: Connection, owner: int, hashes: Sequence[BlockHash], now: float
     ) -> set[BlockHash]:
         """Claim what still exists in this transaction."""
-        found = self._sql.claim_life(connection, owner, hashes, now, now)
-        alive = [hashes[position] for position, _ in found]
+        claimed, others = self._sql.claim_life(connection, owner, hashes, now, now)
+        alive = [hashes[position] for position in claimed + others]
         self._claim_existing(connection, sorted((owner, block) for block in alive), now)
         return set(alive)
 

@@ -33,6 +33,15 @@ class BlockValues(NamedTuple):
     owner: int
 
 
+class FoundRows(NamedTuple):
+    """Columns of the rows that a lookup found, all of one length."""
+
+    positions: list[int]
+    volumes: list[int]
+    stored_bytes: list[int]
+    plain_bytes: list[int]
+
+
 class Fence(NamedTuple):
     """What a volume's receipts are compared with."""
 
@@ -62,10 +71,8 @@ class BlockSql(Protocol):
     """The statements.  A `position` is an index into the given hashes, which are distinct and
     sorted; instants are wall-clock seconds."""
 
-    def lookup(
-        self, connection: Connection, hashes: Sequence[BlockHash]
-    ) -> list[tuple[int, int, int, int]]:
-        """(position, volume, stored bytes, plain bytes) of each live block."""
+    def lookup(self, connection: Connection, hashes: Sequence[BlockHash]) -> FoundRows:
+        """Each live block."""
         ...
 
     def claim_life(
@@ -75,9 +82,9 @@ class BlockSql(Protocol):
         hashes: Sequence[BlockHash],
         created_after: float,
         expires_after: float,
-    ) -> list[tuple[int, bool]]:
-        """(position, whether `owner` has a claim made or lasting later than the given instants) of
-        each live block."""
+    ) -> tuple[list[int], list[int]]:
+        """Positions of live blocks that `owner` claims by a put after `created_after` or by a claim
+        lasting beyond `expires_after`; and positions of the other live blocks."""
         ...
 
     def write_claims(

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Connection, Table, and_, func, literal, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cluster.block_sql import LIVE, BlockValues, Debt, Fence, Growth
+from cluster.block_sql import LIVE, BlockValues, Debt, Fence, FoundRows, Growth
 from cluster.schema import blocks, claims, debts, map_version, nodes, volume_slots, volumes
 from protocol.ids import BlockHash, NodeId, VolumeId
 
@@ -25,18 +25,17 @@ _IDS_PER_QUERY: Final = 500
 class PortableBlockSql:
     """SQLAlchemy Core for any dialect that has ON CONFLICT."""
 
-    def lookup(
-        self, connection: Connection, hashes: Sequence[BlockHash]
-    ) -> list[tuple[int, int, int, int]]:
+    def lookup(self, connection: Connection, hashes: Sequence[BlockHash]) -> FoundRows:
         columns = (blocks.c.volume_id, blocks.c.stored_bytes, blocks.c.plain_bytes)
-        found: list[tuple[int, int, int, int]] = []
+        found = FoundRows([], [], [], [])
         for start, chunk in _chunks(hashes):
             query = select(blocks.c.hash, *columns).where(
                 blocks.c.hash.in_(chunk), blocks.c.state == LIVE
             )
             positions = {block: start + index for index, block in enumerate(chunk)}
             for block, *values in connection.execute(query):
-                found.append((positions[BlockHash(block)], *values))
+                for column, value in zip(found, (positions[block], *values), strict=True):
+                    column.append(value)
         return found
 
     def claim_life(
@@ -46,7 +45,7 @@ class PortableBlockSql:
         hashes: Sequence[BlockHash],
         created_after: float,
         expires_after: float,
-    ) -> list[tuple[int, bool]]:
+    ) -> tuple[list[int], list[int]]:
         has_claim = or_(
             and_(blocks.c.owner == owner, blocks.c.created > created_after),
             func.coalesce(claims.c.expires > expires_after, literal(False)),
@@ -54,7 +53,8 @@ class PortableBlockSql:
         source = blocks.outerjoin(
             claims, and_(claims.c.owner == owner, claims.c.hash == blocks.c.hash)
         )
-        found: list[tuple[int, bool]] = []
+        claimed: list[int] = []
+        others: list[int] = []
         for start, chunk in _chunks(hashes):
             query = (
                 select(blocks.c.hash, has_claim)
@@ -63,8 +63,8 @@ class PortableBlockSql:
             )
             positions = {block: start + index for index, block in enumerate(chunk)}
             for block, has in connection.execute(query):
-                found.append((positions[BlockHash(block)], bool(has)))
-        return found
+                (claimed if has else others).append(positions[block])
+        return claimed, others
 
     def write_claims(
         self,
@@ -121,7 +121,7 @@ class PortableBlockSql:
             incarnation = -1 if row.incarnation is None else row.incarnation
             slots.setdefault(volume, []).append((row.slot, node_id, incarnation))
         fences = {volume: Fence(epochs[volume], tuple(sorted(slots[volume]))) for volume in epochs}
-        return {position for position, *_ in self.lookup(connection, hashes)}, fences
+        return set(self.lookup(connection, hashes).positions), fences
 
     def insert_blocks(
         self, connection: Connection, rows: Sequence[BlockValues], created: float

@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 from sqlalchemy import Connection
 
-from cluster.block_sql import LIVE, BlockValues, Debt, Fence, Growth
+from cluster.block_sql import LIVE, BlockValues, Debt, Fence, FoundRows, Growth
 from protocol.ids import BLOCK_HASH_BYTES, BlockHash, NodeId, VolumeId
 
 _AT_KEY = f"substr(:hashes, j.key * {BLOCK_HASH_BYTES} + 1, {BLOCK_HASH_BYTES})"
@@ -77,14 +77,12 @@ def _numbers(text: str | None) -> list[int]:
 class SqliteBlockSql:
     """`BlockSql` by folding batches into single parameters and single rows."""
 
-    def lookup(
-        self, connection: Connection, hashes: Sequence[BlockHash]
-    ) -> list[tuple[int, int, int, int]]:
+    def lookup(self, connection: Connection, hashes: Sequence[BlockHash]) -> FoundRows:
         if not hashes:
-            return []
+            return FoundRows([], [], [], [])
         parameters = {"hashes": b"".join(hashes), "keys": _keys(len(hashes))}
         columns = connection.exec_driver_sql(_LOOKUP, parameters).one()
-        return list(zip(*map(_numbers, columns), strict=True))
+        return FoundRows(*map(_numbers, columns))
 
     def claim_life(
         self,
@@ -93,9 +91,9 @@ class SqliteBlockSql:
         hashes: Sequence[BlockHash],
         created_after: float,
         expires_after: float,
-    ) -> list[tuple[int, bool]]:
+    ) -> tuple[list[int], list[int]]:
         if not hashes:
-            return []
+            return [], []
         parameters = {
             "hashes": b"".join(hashes),
             "keys": _keys(len(hashes)),
@@ -104,7 +102,9 @@ class SqliteBlockSql:
             "expires_after": expires_after,
         }
         folded = connection.exec_driver_sql(_CLAIM_LIFE, parameters).scalar_one()
-        return [(number >> 1, bool(number & 1)) for number in _numbers(folded)]
+        numbers = _numbers(folded)
+        claimed = [number >> 1 for number in numbers if number & 1]
+        return claimed, [number >> 1 for number in numbers if not number & 1]
 
     def write_claims(
         self,
