@@ -167,3 +167,17 @@ class NodePort(Protocol):
     async def close(self) -> None:
         """Close the connection.  Idempotent."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRegistration:
+    """What a node process announces to the placement service once its store is open."""
+
+    node_id: NodeId
+    store_id: str
+    endpoint: str
+    """`host:port` of its data port."""
+    pid: int
+    directory: str
+    capacity_bytes: int
+    """Size of the file system that holds the directory."""
