@@ -20,6 +20,7 @@ class FaultKind(enum.StrEnum):
     KILL = "kill"
     KILL_AT_STEP = "kill_at_step"
     KILL_AT_COMMIT = "kill_at_commit"
+    KILL_AT_DISK = "kill_at_disk"
     PAUSE = "pause"
     POWER_CUT = "power_cut"
     LOSE_DISK = "lose_disk"
@@ -69,6 +70,25 @@ class KillAtCommit:
     down_s: float
 
 
+class Moment(enum.StrEnum):
+    """Where in a write a process dies."""
+
+    BEFORE = "before"
+    TORN = "torn"
+    """Some records of the group are durable."""
+    AFTER = "after"
+
+
+@dataclass(frozen=True, slots=True)
+class KillAtDisk:
+    """SIGKILL a node in the next write to its store."""
+
+    kind: ClassVar[FaultKind] = FaultKind.KILL_AT_DISK
+    node: NodeId
+    moment: Moment
+    down_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Pause:
     """SIGSTOP, and SIGCONT after `for_s`: longer than a lease makes a zombie."""
@@ -111,16 +131,20 @@ class Damage(enum.StrEnum):
     FLIP_PAYLOAD = "flip_payload"
     TRUNCATE = "truncate"
     ZERO = "zero"
+    LIE = "lie"
+    """Other bytes under matching checksums: only the block's SHA-256 can tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorruptRecord:
-    """One fragment of a known block on `node` rots; `pick` in [0, 1) chooses which."""
+    """One fragment of a known block on `node` rots; `pick` in [0, 1) chooses which.  The store
+    itself notices, or hands the bytes out."""
 
     kind: ClassVar[FaultKind] = FaultKind.CORRUPT_RECORD
     node: NodeId
     pick: float
     damage: Damage
+    noticed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +276,7 @@ Fault: TypeAlias = (
     Kill
     | KillAtStep
     | KillAtCommit
+    | KillAtDisk
     | Pause
     | PowerCut
     | LoseDisk

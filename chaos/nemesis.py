@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chaos import faults
-from chaos.faults import RARE, Damage, Fault, FaultKind
+from chaos.faults import RARE, Damage, Fault, FaultKind, Moment
 from protocol.ids import NodeId
 
 ATTEMPTS = 20
@@ -113,7 +113,8 @@ class Nemesis:
                 # The smaller side is out, unless a gateway is cut off from nodes: then they are.
                 return self._room_for([*fault.side, *fault.other])
             case (
-                faults.ReadErrors()
+                faults.KillAtDisk()
+                | faults.ReadErrors()
                 | faults.DiskFull()
                 | faults.SyncFails()
                 | faults.SlowDisk()
@@ -187,12 +188,15 @@ _DRAWS: Mapping[FaultKind, _Draw] = {
     FaultKind.KILL: lambda n: faults.Kill(n.process(), n.down_s()),
     FaultKind.KILL_AT_STEP: _kill_at_step,
     FaultKind.KILL_AT_COMMIT: lambda n: faults.KillAtCommit(n.writer(), n.pick() < 0.5, n.down_s()),
+    FaultKind.KILL_AT_DISK: lambda n: faults.KillAtDisk(
+        n.node(), list(Moment)[int(n.pick() * len(Moment))], n.down_s()
+    ),
     FaultKind.PAUSE: lambda n: faults.Pause(n.process(), n.for_s()),
     FaultKind.POWER_CUT: lambda n: faults.PowerCut(n.down_s()),
     FaultKind.LOSE_DISK: lambda n: faults.LoseDisk(n.node(), n.pick() < 0.7),
     FaultKind.EMPTY_DISK: lambda n: faults.EmptyDisk(n.node()),
     FaultKind.CORRUPT_RECORD: lambda n: faults.CorruptRecord(
-        n.node(), n.pick(), list(Damage)[int(n.pick() * len(Damage))]
+        n.node(), n.pick(), list(Damage)[int(n.pick() * len(Damage))], n.pick() < 0.3
     ),
     FaultKind.SWAP_RECORDS: lambda n: faults.SwapRecords(n.node(), n.pick()),
     FaultKind.DROP_RECORD: lambda n: faults.DropRecord(n.node(), n.pick()),
