@@ -161,6 +161,12 @@ class NodeView:
         return self.state in TAKES_NEW_VOLUMES and self.weight > 0
 
     @property
+    def placement_weight(self) -> float:
+        """Its claim to new slots: its weight times its free space, and never quite nothing, so that
+        a cell whose disks are all full still has volumes."""
+        return self.weight * max(self.free_bytes, 1)
+
+    @property
     def takes_writes(self) -> bool:
         """Whether a put should be sent to it."""
         return self.state in TAKES_WRITES
