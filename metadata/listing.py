@@ -66,6 +66,8 @@ def parse_cursor(printed: str, folder: int, *, recursive: bool) -> list[str]:
         cursor = msgspec.msgpack.decode(packed, type=Cursor)
         if cursor.version != _CURSOR_VERSION or not 0 < len(cursor.after) <= PATH_DEPTH_MAX:
             raise ValueError("version or depth")
+        if any("\0" in key for key in cursor.after):
+            raise ValueError("NUL")
     except (binascii.Error, ValueError, msgspec.MsgspecError) as error:
         raise InvalidRequest("the cursor is not one of ours: start the listing again") from error
     if (cursor.folder, cursor.recursive) != (folder, recursive):

@@ -17,6 +17,9 @@ from __future__ import annotations
 _POSITION_BITS = 40
 """A trillion changes per namespace: a thousand a second for 34 years."""
 
+POSITIONS = 1 << _POSITION_BITS
+"""A number is `namespace * POSITIONS + position`."""
+
 _NAMESPACE_BITS = 23
 """Eight million namespaces; together 63 bits, a signed SQL integer."""
 
@@ -27,8 +30,8 @@ ROOT_POSITION = 1
 def number(namespace_id: int, position: int) -> int:
     """Number of the entry or version that a change made."""
     assert 0 < namespace_id < 1 << _NAMESPACE_BITS
-    assert 0 < position < 1 << _POSITION_BITS
-    return namespace_id << _POSITION_BITS | position
+    assert 0 < position < POSITIONS
+    return namespace_id * POSITIONS + position
 
 
 def root_entry(namespace_id: int) -> int:
