@@ -12,25 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, case, delete, insert, select, update
 
 from cluster.schema import map_version, nodes, volume_slots, volumes
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
 from erasure.scheme import Scheme
 from protocol.ids import NodeId, VolumeId
+from storage_node.interface import NodeRegistration
 
 _IDS_PER_QUERY: Final = 500
 """Ids in one IN list: far below every database's limit on parameters."""
 
 
 class NodeReport(NamedTuple):
-    """What a node says about itself, as often as it is asked."""
+    """How full a node says it is, as often as it is asked."""
 
     node_id: NodeId
     free_bytes: int
     used_bytes: int
     fragments: int
-    detail: str
 
 
 def read_version(connection: Connection) -> int:
@@ -104,35 +104,39 @@ def set_node_state(
     )
 
 
-def begin_incarnation(
-    connection: Connection,
-    node_id: NodeId,
-    endpoint: str,
-    pid: int,
-    directory: str,
-    capacity_bytes: int,
-    version: int,
-) -> int:
-    """A node process announced itself: count it, and return its incarnation.
+def begin_incarnation(connection: Connection, registration: NodeRegistration, version: int) -> None:
+    """A node process announced itself: count it and note where it is.
 
     From this commit on, receipts of every earlier incarnation are refused.
     """
     connection.execute(
         update(nodes)
-        .where(nodes.c.node_id == node_id)
+        .where(nodes.c.node_id == registration.node_id)
         .values(
             incarnation=nodes.c.incarnation + 1,
-            endpoint=endpoint,
-            pid=pid,
-            directory=directory,
-            capacity_bytes=capacity_bytes,
+            endpoint=registration.endpoint,
+            pid=registration.pid,
+            directory=registration.directory,
+            capacity_bytes=registration.capacity_bytes,
+            # Until its first report: a new disk is empty.
+            free_bytes=case(
+                (nodes.c.incarnation == 0, registration.capacity_bytes), else_=nodes.c.free_bytes
+            ),
             changed=version,
         )
     )
-    incarnation: int = connection.execute(
-        select(nodes.c.incarnation).where(nodes.c.node_id == node_id)
-    ).scalar_one()
-    return incarnation
+
+
+def skip_incarnations(
+    connection: Connection, node_id: NodeId, incarnation: int, version: int
+) -> None:
+    """Go on from a higher incarnation than the row has: the node wrote down more of them than a
+    database that was restored from a copy knows of."""
+    connection.execute(
+        update(nodes)
+        .where(nodes.c.node_id == node_id, nodes.c.incarnation < incarnation)
+        .values(incarnation=incarnation, changed=version)
+    )
 
 
 def save_reports(connection: Connection, reports: Sequence[NodeReport]) -> None:
@@ -145,7 +149,6 @@ def save_reports(connection: Connection, reports: Sequence[NodeReport]) -> None:
                 free_bytes=report.free_bytes,
                 used_bytes=report.used_bytes,
                 fragments=report.fragments,
-                detail=report.detail,
             )
         )
 
