@@ -82,7 +82,7 @@ class _Pass:
 
 
 class PlacementService:
-    """The leader of one cell's map.  One event loop; `start` first."""
+    """The leader of one cell's map, once `start` or `run` has taken the role.  One event loop."""
 
     def __init__(
         self,
@@ -144,7 +144,9 @@ class PlacementService:
         registers again.  Raises `ConfigInvalid` for a node that is not a member, `DirectoryForeign`
         for another store than the member's or for a removed member, `NotLeader`, `DatabaseBusy`.
         """
-        watch = self._started()
+        watch = self._watch
+        if watch is None:
+            raise NotLeader("the placement service has not taken its role yet: register again")
 
         def work(connection: Connection) -> NodeView:
             _admit(map_rows.read_node(connection, registration.node_id), registration)
@@ -161,7 +163,18 @@ class PlacementService:
         return view.incarnation
 
     async def run(self) -> None:
-        """Lead until `stop`.  Raises `NotLeader` when another process has taken the role."""
+        """Take the role if `start` has not, and lead until `stop`.
+
+        Raises `NotLeader` when another process has taken the role, `ConfigInvalid` without a cell.
+        """
+        while self._watch is None and not self._stopped:
+            try:
+                await self.start()
+            except (RetryLater, UnknownOutcome) as error:
+                log.warning("placement cannot take its role yet", error=error.message)
+                await self._clock.sleep(self._settings.lease_interval_s)
+        if self._stopped:
+            return
         watch = self._started()
         push_at = self._clock.monotonic()
         while not self._stopped:
