@@ -11,6 +11,7 @@ The entry points of the client for whole files; called by `cli`, `chaos` and `be
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from client.api import HaversackClient
 from client.download import Downloader
@@ -51,8 +52,11 @@ __all__ = [
 ]
 
 
-async def plan_upload(client: HaversackClient, local: str, remote: str) -> UploadPlan:
-    """Decide the upload of a folder, a file or a symlink to the path `remote`.
+async def plan_upload(
+    client: HaversackClient, local: str, remote: str, exclude: Sequence[str] = ()
+) -> UploadPlan:
+    """Decide the upload of a folder, a file or a symlink to the path `remote`, without the names
+    below it that match a pattern of `exclude` (`*`, `?`, `[...]`).
 
     Looks at both sides and sends nothing.  What the plan saw at a path is what it will replace:
     another client's later change there is a conflict, not overwritten.
@@ -60,7 +64,7 @@ async def plan_upload(client: HaversackClient, local: str, remote: str) -> Uploa
     remote = "/" + "/".join(part for part in remote.split("/") if part)
     check_remote(remote)
     standing = await _standing(client, remote)
-    return await client.run(lambda: walk(local, remote, standing))
+    return await client.run(lambda: walk(local, remote, standing, exclude))
 
 
 async def carry_out_upload(

@@ -6,7 +6,9 @@ symlink.  Called by `client.transfer`; may import `protocol` and shapes of `clie
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,18 +160,25 @@ def block_count(size: int) -> int:
     return max(1, -(-size // BLOCK_BYTES_MAX))
 
 
-def walk(local: str, remote: str, standing: Mapping[str, RemoteState]) -> UploadPlan:
+def walk(
+    local: str,
+    remote: str,
+    standing: Mapping[str, RemoteState],
+    exclude: Sequence[str] = (),
+) -> UploadPlan:
     """Plan the upload of `local` (a folder, a file or a symlink) to the path `remote`.
 
+    Names below `local` that match a pattern of `exclude` are left out, folders with all they hold.
     Runs in a thread.  Raises `LocalFileError` if `local` itself cannot be read, `InvalidPath` if
     `remote` cannot be a path; everything below is refused item by item.
     """
-    return _Walk(standing).plan(local, remote)
+    return _Walk(standing, exclude).plan(local, remote)
 
 
 class _Walk:
-    def __init__(self, standing: Mapping[str, RemoteState]) -> None:
+    def __init__(self, standing: Mapping[str, RemoteState], exclude: Sequence[str]) -> None:
         self._standing = standing
+        self._exclude = [re.compile(fnmatch.translate(pattern)) for pattern in exclude]
         self._files: list[LocalFile] = []
         self._links: list[LocalLink] = []
         self._folders: list[str] = []
@@ -212,6 +221,8 @@ class _Walk:
             fruitful, below = False, []
             names: dict[str, str] = {}
             for entry in found:
+                if any(pattern.match(entry.name) for pattern in self._exclude):
+                    continue
                 path = f"{folder_remote.rstrip('/')}/{entry.name}"
                 try:
                     check_remote(path)

@@ -1,0 +1,233 @@
+"""The `haversack` command: names and options; the work is in the modules it calls.
+
+Nothing heavy is imported before a command needs it: `haversack status` loads neither Ray, SQL nor
+FastAPI.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.connection import ServerOptions
+from cli.failures import Exit, report_failure
+from protocol.errors import ConfigInvalid, HaversackError
+
+app = typer.Typer(
+    name="haversack",
+    help="A self-hosted, erasure-coded, content-addressed block store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", help="Address of the cell [HAVERSACK_SERVER; http://127.0.0.1:8420]."),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file", help="File with the token [HAVERSACK_TOKEN_FILE; DATA/admin.token]."
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file [HAVERSACK_CONFIG; ./haversack.toml]."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Say what would be transferred, and stop.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    server: Server = None,
+    token_file: TokenFile = None,
+    config: Config = None,
+) -> None:
+    """Options for the commands that speak to a cell; each of them takes them as well."""
+    context.obj = ServerOptions(server, token_file, config)
+
+
+def _server(context: typer.Context, server: str | None, token_file: Path | None) -> ServerOptions:
+    common_options = context.obj
+    assert isinstance(common_options, ServerOptions)
+    return ServerOptions(server, token_file).over(common_options)
+
+
+@app.command()
+def up(
+    context: typer.Context,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of the cell [HAVERSACK_DATA; ./data].")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", help="Storage nodes [9].")] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", help="Redundancy of a new cell [rs-6-3].")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address [127.0.0.1].")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port [8420]; 0 takes a free one.")
+    ] = None,
+    config: Config = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", help="NODE:rack=R,host=H,weight=W; may be repeated."),
+    ] = None,
+) -> None:
+    """Run a cell on this machine, in the foreground, until Ctrl-C."""
+    from cli import up as cell
+    from protocol.config import load
+
+    common_options = context.obj
+    assert isinstance(common_options, ServerOptions)
+    config = config or common_options.config
+    settings = load(
+        config=config,
+        data=data,
+        nodes=nodes,
+        scheme=scheme,
+        host=host,
+        port=port,
+        node_labels=label or None,
+    )
+    raise typer.Exit(
+        cell.run(
+            cell.UpOptions(
+                data=settings.data,
+                nodes=nodes,
+                scheme=scheme,
+                host=host,
+                port=port,
+                config=config,
+                labels=tuple(label or ()),
+            )
+        )
+    )
+
+
+@app.command()
+def status(
+    context: typer.Context, json: Json = False, server: Server = None, token_file: TokenFile = None
+) -> None:
+    """Show nodes, volumes, blocks and bytes of the cell."""
+    from cli import inspection
+
+    raise typer.Exit(inspection.status(_server(context, server, token_file), json))
+
+
+@app.command()
+def put(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder or symlink.")],
+    remote: Annotated[
+        str | None, typer.Argument(metavar="[REMOTE]", help="Where it goes; /NAME if not given.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="Leave out names like this (* ? []); may be repeated."),
+    ] = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Upload a file or a folder; only what the cell does not have is sent."""
+    from cli import transfers
+
+    manner = transfers.Manner(json=json, dry_run=dry_run, quiet=quiet)
+    options = _server(context, server, token_file)
+    raise typer.Exit(transfers.put(options, path, remote, tuple(exclude or ()), manner))
+
+
+@app.command()
+def get(
+    context: typer.Context,
+    remote: Annotated[str, typer.Argument(metavar="REMOTE")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Where it goes.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace local files that differ.")
+    ] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Download a file, or the contents of a folder; files that are there already are kept."""
+    from cli import transfers
+
+    manner = transfers.Manner(json=json, dry_run=dry_run, quiet=quiet)
+    options = _server(context, server, token_file)
+    raise typer.Exit(transfers.get(options, remote, path, overwrite, manner))
+
+
+@app.command()
+def ls(
+    context: typer.Context,
+    remote: Annotated[str, typer.Argument(metavar="[REMOTE]")] = "/",
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-R", help="Everything below, too.")
+    ] = False,
+    json: Json = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """List a folder of the cell, or show one entry."""
+    from cli import inspection
+
+    options = _server(context, server, token_file)
+    raise typer.Exit(inspection.ls(options, remote, recursive, json))
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    remote: Annotated[str, typer.Argument(metavar="REMOTE")],
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Delete a file, or a folder with all below it; versions are kept."""
+    from cli import inspection
+
+    raise typer.Exit(inspection.rm(_server(context, server, token_file), remote))
+
+
+@app.command()
+def demo(
+    tree: Annotated[
+        Path | None,
+        typer.Option("--tree", help="What to store [this Python's standard library]."),
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Storage nodes.")] = 9,
+    scheme: Annotated[str, typer.Option("--scheme", help="Redundancy.")] = "rs-6-3",
+    lose: Annotated[int, typer.Option("--lose", help="Nodes to destroy.")] = 3,
+) -> None:
+    """Start a cell, store a tree, destroy nodes, get the tree back, compare every byte."""
+    from cli import demo as demonstration
+
+    raise typer.Exit(demonstration.run(tree, nodes, scheme, lose))
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    try:
+        app()
+    except HaversackError as error:
+        code = report_failure(error)
+        if isinstance(error, ConfigInvalid):
+            code = Exit.USAGE
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
