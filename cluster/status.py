@@ -71,12 +71,8 @@ def status_of(connection: Connection) -> CellStatus:
     if row is None:
         raise ConfigInvalid("this database holds no cell yet")
     nodes = map_rows.read_nodes(connection)
-    counts: dict[str, int] = {
-        state: count
-        for state, count in connection.execute(
-            select(volumes.c.state, func.count()).group_by(volumes.c.state)
-        )
-    }
+    by_state = select(volumes.c.state, func.count()).group_by(volumes.c.state)
+    counts: dict[str, int] = dict(connection.execute(by_state).tuples().all())
     return CellStatus(
         cluster_id=row.cluster_id,
         scheme=Scheme.parse(row.scheme),
@@ -91,7 +87,7 @@ def status_of(connection: Connection) -> CellStatus:
 
 
 def _volumes_by_spare(connection: Connection, nodes: Iterable[NodeView]) -> dict[int, int]:
-    """Counts whole schemes first, then only volumes that lost something: cheap while all is well."""
+    """Counts whole schemes first, then only volumes that lost something."""
     by_scheme = select(volumes.c.scheme, func.count()).group_by(volumes.c.scheme)
     counts: dict[tuple[str, int], int] = {
         (scheme, 0): count for scheme, count in connection.execute(by_scheme)
