@@ -17,7 +17,7 @@ _MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024  # glibc's own maximum on 64-bit machin
 
 
 def reuse_large_buffers(keep_bytes: int) -> bool:
-    """Let malloc keep up to `keep_bytes` of freed memory.  False where the C library is not glibc."""
+    """Let malloc keep up to `keep_bytes` of freed memory.  False if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:

@@ -119,11 +119,11 @@ class Settings(BaseSettings):
     """How long a node may take to answer."""
     lease_s: Seconds = 10.0
     """A node that has not heard from the placement service for this long acknowledges no write."""
-    node_down_after_s: Seconds = 10.0
-    """Silence after which a node is down; its volumes are sealed."""
+    node_down_after_s: Seconds = 6.0
+    """Silence after which a node is down; its volumes are sealed.  Shorter than its lease."""
     node_out_after_s: Seconds = 900.0
     """Silence after which a down node's fragments are rebuilt elsewhere."""
-    open_volumes: int = Field(default=3, ge=1, le=64)
+    open_volumes: int = Field(default=4, ge=1, le=64)
     """Stock of open volumes per scheme."""
     volume_bytes: Bytes = 1 * GIB
     """Stored bytes at which a volume is sealed."""
@@ -152,10 +152,20 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _relations(self) -> Settings:
-        if self.health_deadline_s >= self.lease_s or self.health_interval_s >= self.lease_s:
+        silence_s = self.health_interval_s + self.health_deadline_s
+        if not silence_s < self.node_down_after_s < self.lease_s:
             raise ValueError(
-                "lease_s must be longer than health_interval_s and health_deadline_s, "
-                "or every slow ping stops a node from taking writes"
+                "it must hold that health_interval_s + health_deadline_s < node_down_after_s "
+                f"< lease_s: one slow answer is not a death, and a node whose volumes were sealed "
+                f"may not take writes; got {silence_s:g}, {self.node_down_after_s:g}, "
+                f"{self.lease_s:g}"
+            )
+        if not (
+            self.health_interval_s + self.health_deadline_s < self.node_down_after_s < self.lease_s
+        ):
+            raise ValueError(
+                "node_down_after_s must be longer than health_interval_s and health_deadline_s "
+                "together, and shorter than lease_s"
             )
         if self.node_out_after_s < self.node_down_after_s:
             raise ValueError("node_out_after_s must not be shorter than node_down_after_s")

@@ -79,7 +79,8 @@ class FrameHeader:
 
 def pack_header(op: Op, status: Status, request_id: int, meta: bytes, body_length: int) -> bytes:
     """The 32 bytes in front of `meta` and a body of `body_length` bytes."""
-    assert len(meta) <= FRAME_META_BYTES_MAX and body_length <= FRAME_BODY_BYTES_MAX
+    assert len(meta) <= FRAME_META_BYTES_MAX
+    assert body_length <= FRAME_BODY_BYTES_MAX
     fields = _FIELDS.pack(MAGIC, VERSION, op, status, 0, request_id, len(meta), body_length)
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields + meta))
 
