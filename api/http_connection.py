@@ -91,7 +91,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         name = transport.get_extra_info("peername")
         self._peer = (str(name[0]), int(name[1])) if isinstance(name, tuple | list) else None
         if not self._listener.opened(self):
-            transport.abort()
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.closed(self)

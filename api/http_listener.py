@@ -6,7 +6,6 @@ uvicorn calls the listener as its protocol class, once per accepted socket.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -17,6 +16,7 @@ from uvicorn.server import ServerState
 
 from api.http_connection import HttpConnection
 from api.http_exchange import Exchange
+from protocol.clock import Clock, SystemClock
 from protocol.errors import HaversackError
 from protocol.limits import KIB
 
@@ -48,7 +48,9 @@ class Listener:
         *,
         on_refused: Callable[[HaversackError], None] = lambda error: None,
         check_s: float = CHECK_S,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self.patience = patience
         self.refused = on_refused
         self.read_buffer = memoryview(bytearray(READ_BUFFER_BYTES))
@@ -107,7 +109,9 @@ class Listener:
         assert self._loop is not None, "an answer before the first connection"
         now = self._loop.time()
         if now >= self._date_until:
-            self._date = b"date: %s\r\n" % formatdate(time.time(), usegmt=True).encode("ascii")
+            self._date = b"date: %s\r\n" % formatdate(self._clock.wall(), usegmt=True).encode(
+                "ascii"
+            )
             self._date_until = now + 1.0
         return self._date
 

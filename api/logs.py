@@ -1,0 +1,94 @@
+"""Structured logs of the gateway: one JSON object a line, in `DIR/logs/gateway.log`.
+
+Errors and slow requests are always written; every request only if the operator asks for it.  A
+line never holds a token, a query string or a body.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import orjson
+import structlog
+
+from api.call import Call
+
+PATH_CHARACTERS_MAX: Final = 100
+
+PROBLEM_STATUSES: Final = frozenset({400, 401, 403, 408, 411, 413, 429, 431})
+"""Client errors worth a line: those that a working client does not cause all day (404, 409)."""
+
+
+def open_log(path: Path | None) -> None:
+    """Send structlog and the standard library's logging to `path`; None: to nowhere."""
+    if path is None:
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[_encode])
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("ab", buffering=0)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            _encode,
+        ],
+        logger_factory=structlog.BytesLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+    handler = _Forward(logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+class _Forward(logging.Handler):
+    """Records of libraries become lines like ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno,
+            record.getMessage(),
+            logger=record.name,
+            exc_info=record.exc_info,
+        )
+
+
+class AccessLog:
+    """A line for a request, if it deserves one."""
+
+    def __init__(self, what: Literal["problems", "all"], slow_s: float) -> None:
+        self._all = what == "all"
+        self._slow_s = slow_s
+        self._log = structlog.get_logger()
+
+    def answered(self, call: Call, template: str, status: int, seconds: float) -> None:
+        """Called after every request."""
+        slow = seconds > self._slow_s
+        if not (self._all or slow or status >= 500 or status in PROBLEM_STATUSES):
+            return
+        write = self._log.error if status >= 500 else self._log.info
+        fields = _fields(call, template)
+        write("request", status=status, seconds=round(seconds, 4), slow=slow, **fields)
+
+    def failed(self, call: Call, template: str) -> None:
+        """An exception that nobody foresaw: called inside its `except` block."""
+        self._log.error("unforeseen error", exc_info=True, **_fields(call, template))
+
+
+def _fields(call: Call, template: str) -> dict[str, Any]:
+    client = call.scope.get("client")
+    return {
+        "request_id": call.request_id,
+        "method": call.scope["method"],
+        "route": template,
+        "argument": call.argument[:PATH_CHARACTERS_MAX],
+        "account": call.account.name,
+        "peer": f"{client[0]}:{client[1]}" if client else None,
+    }
+
+
+def _encode(_logger: object, _name: str, event: MutableMapping[str, Any]) -> bytes:
+    return orjson.dumps(event, default=repr)
