@@ -57,7 +57,7 @@ class StoreOptions:
     free_bytes: Callable[[Path], int] = free_disk_bytes
     large_record_bytes: int = 32 * KIB
     """Records from this size on may go into extents."""
-    ingest_bytes: int = 384 * KIB
+    ingest_bytes: int = 256 * KIB
     """Large records of a group go into an extent when together they reach this; below it one
     synced batch is cheaper."""
     block_cache_bytes: int = 8 * MIB

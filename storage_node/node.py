@@ -1,0 +1,412 @@
+"""`StorageNode`: what one disk promises, apart from sockets, Ray and RocksDB.
+
+The node's side of every walk: a put's fragments arrive here from `port_server` (or from the
+simulated network), are checked, committed in groups and acknowledged; gets and deletes likewise.
+Time, the store and the executor are parameters; imports neither ray nor rocksdict.
+
+Fencing.  Placement grants a lease for an *incarnation*; the node adopts a higher one durably and
+refuses lower ones, and acknowledges no write once its lease ran out, by its own monotonic clock.
+Per volume it remembers the highest epoch it has seen and refuses records of older ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from erasure.fragment import parse
+from protocol.clock import Clock
+from protocol.errors import (
+    CorruptFragment,
+    DirectoryCorrupt,
+    FormatUnsupported,
+    InvalidRequest,
+    NodeFull,
+    NodeRefuses,
+    StaleIncarnation,
+    UnknownOutcome,
+)
+from protocol.hashing import Buffer
+from protocol.ids import NodeId, VolumeId
+from protocol.limits import FRAME_ITEMS_MAX
+from protocol.messages import (
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    SummaryReply,
+)
+from storage_node.group_commit import GroupCommit, Run
+from storage_node.identity import Identity
+from storage_node.interface import FragmentKey, FragmentStore, PutOutcome, StoredRecord
+from storage_node.service_state import ServiceState, transition
+
+INVENTORY_PAGE_MAX: Final = 16_384
+"""Keys on one page of an inventory."""
+
+_EPOCHS_CACHED_MAX: Final = 65_536
+_INCARNATION = "incarnation"
+
+
+class _Group(NamedTuple):
+    """One put's share of a group commit."""
+
+    records: list[tuple[FragmentKey, Buffer]]
+    epochs: dict[VolumeId, int]
+    """Newer volume epochs than the store has written down."""
+    size: int
+
+
+class StorageNode:
+    """One disk behind one port.  All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        store: FragmentStore | None,
+        clock: Clock,
+        run: Run,
+        *,
+        pid: int | None = None,
+    ) -> None:
+        self.identity = identity
+        self._store: FragmentStore | None = None
+        self._clock = clock
+        self._run = run
+        self._pid = os.getpid() if pid is None else pid
+        self._state = ServiceState.OPENING
+        self._detail = ""
+        self._incarnation = 0
+        self._lease_until = float("-inf")
+        self._epochs: dict[VolumeId, int] = {}
+        self._unwritten_epochs: dict[VolumeId, int] = {}
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+        self._commits = GroupCommit(run)
+        self._counters = dict.fromkeys(
+            ("puts", "put_bytes", "puts_refused", "gets", "get_bytes", "deletes"), 0
+        )
+        self.last_write = float("-inf")
+        if store is not None:
+            self.attach(store)
+
+    # -- life ------------------------------------------------------------------------------
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.identity.node_id
+
+    @property
+    def state(self) -> ServiceState:
+        return self._state
+
+    @property
+    def detail(self) -> str:
+        """Why the node does not serve; empty while it does."""
+        return self._detail
+
+    @property
+    def incarnation(self) -> int:
+        return self._incarnation
+
+    @property
+    def store(self) -> FragmentStore | None:
+        return self._store
+
+    @property
+    def commits(self) -> GroupCommit:
+        """The write queue; the port tells it about requests that are arriving."""
+        return self._commits
+
+    @property
+    def has_lease(self) -> bool:
+        return self._clock.monotonic() < self._lease_until
+
+    def attach(self, store: FragmentStore) -> None:
+        """Serve `store`, just opened.  A lease from before does not carry over."""
+        written = store.get_state(_INCARNATION)
+        self._incarnation = 0 if written is None else int.from_bytes(written, "big")
+        self._lease_until = float("-inf")
+        self._epochs.clear()
+        self._unwritten_epochs.clear()
+        self._store = store
+        self._enter(ServiceState.SERVING, "")
+
+    def refuse(self, detail: str) -> None:
+        """Do not serve, and say why."""
+        self._enter(ServiceState.REFUSING, detail)
+
+    async def detach(self) -> None:
+        """Close the store, to be opened again; returns when nobody uses it any more."""
+        self._enter(ServiceState.OPENING, self._detail)
+        await self._close_store()
+
+    async def close(self) -> None:
+        """Finish queued writes, then close the store.  Idempotent."""
+        self._enter(ServiceState.CLOSING, "stopped")
+        await self._commits.close()
+        await self._close_store()
+
+    async def _close_store(self) -> None:
+        store, self._store = self._store, None
+        self._lease_until = float("-inf")
+        await self._unused.wait()
+        if store is not None:
+            await self._run(store.close)
+
+    async def _use(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Run blocking `work` of the store; it is not closed meanwhile."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            return await self._run(work, *arguments)
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._unused.set()
+
+    def _enter(self, state: ServiceState, detail: str) -> None:
+        self._state = transition(self._state, state)
+        self._detail = detail
+
+    # -- writes ----------------------------------------------------------------------------
+
+    async def put(self, incarnation: int, records: Sequence[Buffer]) -> PutOutcome:
+        """Store fragment records; OK means durable.
+
+        Raises `NodeRefuses` without a live lease or a store, `StaleIncarnation`, `NodeFull`,
+        `Overloaded`; `UnknownOutcome` if the write failed half-way or the lease ran out meanwhile.
+        """
+        self._admit_write(incarnation)
+        statuses = [ItemStatus.OK] * len(records)
+        good: list[tuple[FragmentKey, Buffer]] = []
+        for number, record in enumerate(records):
+            checked = _check(record)
+            if checked is None:
+                statuses[number] = ItemStatus.INVALID
+                continue
+            key, epoch = checked
+            seen = self._epochs.get(key.volume)
+            if seen is None:
+                seen = await self._load_epoch(key.volume)
+            if epoch < seen:
+                statuses[number] = ItemStatus.STALE_EPOCH
+                continue
+            if epoch > seen:
+                self._epochs[key.volume] = self._unwritten_epochs[key.volume] = epoch
+            good.append((key, record))
+        if good:
+            size = sum(len(record) for _, record in good)
+            group = _Group(good, dict(self._unwritten_epochs), size)
+            await self._write(self._store_group, group, size)
+            self._wrote_epochs(group.epochs)
+            self._counters["puts"] += len(good)
+            self._counters["put_bytes"] += size
+        self._admit_answer(incarnation)
+        return PutOutcome(incarnation, statuses)
+
+    async def delete(self, incarnation: int, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
+        """Remove fragments; durable on return.  Raises as `put` does."""
+        self._admit_write(incarnation)
+        done: dict[FragmentKey, ItemStatus] = await self._write(self._delete_group, list(keys), 0)
+        self._counters["deletes"] += len(keys)
+        self._admit_answer(incarnation)
+        return [done[key] for key in keys]
+
+    async def _write(self, work: Any, payload: Any, size: int) -> Any:
+        self.last_write = self._clock.monotonic()
+        try:
+            return await self._commits.submit(work, payload, size)
+        except NodeFull:
+            self._counters["puts_refused"] += 1
+            raise
+        except DirectoryCorrupt as error:
+            self._fail(error)
+            raise UnknownOutcome(
+                f"{self.node_id} failed while writing: {error}", {"node": self.node_id}
+            ) from error
+        except NodeRefuses as error:
+            if self._state is ServiceState.SERVING:
+                self._fail(error)  # the store takes no more writes: an earlier one failed
+            raise
+
+    def _fail(self, error: Exception) -> None:
+        if self._state is ServiceState.SERVING:
+            self._enter(ServiceState.FAILED, str(error))
+
+    def _store_group(self, groups: list[_Group]) -> None:
+        """Runs off the loop, one at a time: newer epochs first, so that no record of a new epoch
+        is durable on a node that would still take the old one."""
+        store = self._held_store()
+        epochs = {}
+        for group in groups:
+            epochs.update(group.epochs)
+        if epochs:
+            store.put_state(
+                {_epoch_name(volume): epoch.to_bytes(8, "big") for volume, epoch in epochs.items()}
+            )
+        store.put_group([record for group in groups for record in group.records])
+
+    def _delete_group(self, groups: list[list[FragmentKey]]) -> dict[FragmentKey, ItemStatus]:
+        keys = list(dict.fromkeys(key for group in groups for key in group))
+        return dict(zip(keys, self._held_store().delete_group(keys), strict=True))
+
+    def _set_state(self, groups: list[dict[str, bytes]]) -> None:
+        for values in groups:
+            self._held_store().put_state(values)
+
+    async def _load_epoch(self, volume: VolumeId) -> int:
+        written = await self._use(self._held_store().get_state, _epoch_name(volume))
+        if len(self._epochs) >= _EPOCHS_CACHED_MAX:
+            self._epochs.clear()
+        epoch = 0 if written is None else int.from_bytes(written, "big")
+        epoch = max(epoch, self._unwritten_epochs.get(volume, 0))
+        return self._epochs.setdefault(volume, epoch)
+
+    def _wrote_epochs(self, epochs: dict[VolumeId, int]) -> None:
+        for volume, epoch in epochs.items():
+            if self._unwritten_epochs.get(volume) == epoch:
+                del self._unwritten_epochs[volume]
+
+    def _admit_write(self, incarnation: int) -> None:
+        if self._state is not ServiceState.SERVING:
+            raise self._refusal("writes")
+        if incarnation != self._incarnation:
+            raise StaleIncarnation(
+                f"{self.node_id} lives its incarnation {self._incarnation}, the request was meant "
+                f"for {incarnation}",
+                {"node": self.node_id, "incarnation": self._incarnation},
+            )
+        if not self.has_lease:
+            raise NodeRefuses(
+                f"{self.node_id} has no live lease: it takes no writes", {"node": self.node_id}
+            )
+
+    def _admit_answer(self, incarnation: int) -> None:
+        """The write is durable; may it still be acknowledged?"""
+        if incarnation != self._incarnation or not self.has_lease:
+            raise UnknownOutcome(
+                f"{self.node_id} lost its lease while it was writing", {"node": self.node_id}
+            )
+
+    # -- reads -----------------------------------------------------------------------------
+
+    async def get(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """Read records; the caller verifies each.  Those over the size of one frame are NOT_SENT.
+
+        Raises `NodeRefuses` while no store is open.
+        """
+        store = self._readable_store()
+        found: list[StoredRecord] = await self._use(store.get_many, keys)
+        self._counters["gets"] += len(keys)
+        self._counters["get_bytes"] += sum(
+            len(answer.record) for answer in found if answer.record is not None
+        )
+        return found
+
+    async def inventory(self, after: FragmentKey | None, limit: int) -> InventoryReply:
+        """A page of what the node holds.  Raises `DirectoryCorrupt` where it cannot be told."""
+        if not 0 < limit <= FRAME_ITEMS_MAX:
+            raise InvalidRequest(f"a page of {limit} keys: ask for 1 to {FRAME_ITEMS_MAX}")
+        store = self._readable_store()
+        page, more = await self._use(store.inventory, after, min(limit, INVENTORY_PAGE_MAX))
+        return InventoryReply([key.pack() for key, _ in page], [length for _, length in page], more)
+
+    async def tidy(self, budget_bytes: int) -> int:
+        """One step of the store's upkeep; returns the bytes rewritten, zero if none."""
+        if self._state is not ServiceState.SERVING:
+            return 0
+        try:
+            rewritten: int = await self._use(self._held_store().tidy, budget_bytes)
+        except (DirectoryCorrupt, NodeFull, NodeRefuses) as error:
+            self._fail(error)
+            return 0
+        return rewritten
+
+    def _readable_store(self) -> FragmentStore:
+        if self._state not in (ServiceState.SERVING, ServiceState.FAILED):
+            raise self._refusal("reads")
+        return self._held_store()
+
+    def _held_store(self) -> FragmentStore:
+        if self._store is None:
+            raise self._refusal("requests")
+        return self._store
+
+    def _refusal(self, what: str) -> NodeRefuses:
+        return NodeRefuses(
+            f"{self.node_id} is {self._state} and takes no {what}"
+            + (f": {self._detail}" if self._detail else ""),
+            {"node": self.node_id, "state": str(self._state), "detail": self._detail},
+        )
+
+    # -- control ---------------------------------------------------------------------------
+
+    async def lease(self, incarnation: int, lease_s: float) -> LeaseReply:
+        """Take or renew the right to acknowledge writes for `lease_s` from now.
+
+        A higher incarnation is adopted durably first.  A node that does not serve takes no lease
+        and says so in the answer.  Raises `StaleIncarnation` for a lower one.
+        """
+        until = self._clock.monotonic() + lease_s
+        if self._state is not ServiceState.SERVING:
+            return LeaseReply(self._incarnation, str(self._state), self._detail)
+        if incarnation < self._incarnation:
+            raise StaleIncarnation(
+                f"{self.node_id} already lives its incarnation {self._incarnation}",
+                {"node": self.node_id, "incarnation": self._incarnation},
+            )
+        if incarnation > self._incarnation:
+            await self._write(self._set_state, {_INCARNATION: incarnation.to_bytes(8, "big")}, 0)
+            if incarnation > self._incarnation:
+                self._incarnation = incarnation
+                self._lease_until = float("-inf")
+        if incarnation == self._incarnation and self._state is ServiceState.SERVING:
+            self._lease_until = max(self._lease_until, until)
+        return LeaseReply(self._incarnation, str(self._state), self._detail)
+
+    async def summary(self) -> SummaryReply:
+        """State and counts.  Answers in every state."""
+        counters: dict[str, Any] = {
+            **self._counters,
+            "groups": self._commits.groups,
+            "jobs_grouped": self._commits.jobs_grouped,
+            "queued_bytes": self._commits.queued_bytes,
+            "lease": self.has_lease,
+        }
+        fragments = fragment_bytes = used = free = 0
+        if self._store is not None and self._state is not ServiceState.CLOSING:
+            stats = self._store.stats()
+            fragments, fragment_bytes, used = (
+                stats.fragments,
+                stats.fragment_bytes,
+                stats.disk_bytes,
+            )
+            free = self._store.free_bytes()
+            counters.update(stats.counters)
+        return SummaryReply(
+            str(self._state),
+            self._detail,
+            self._incarnation,
+            fragments,
+            fragment_bytes,
+            used,
+            free,
+            self._pid,
+            counters,
+        )
+
+
+def _epoch_name(volume: VolumeId) -> str:
+    return f"epoch/{volume}"
+
+
+def _check(record: Buffer) -> tuple[FragmentKey, int] | None:
+    """Key and epoch of a whole, intact record; None for anything else."""
+    try:
+        fragment = parse(record)
+    except (CorruptFragment, FormatUnsupported):
+        return None
+    return FragmentKey(fragment.volume, fragment.block, fragment.slot), fragment.epoch
