@@ -127,10 +127,8 @@ def status(
 @app.command()
 def put(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="File, folder or symlink.")],
-    remote: Annotated[
-        str | None, typer.Argument(metavar="[REMOTE]", help="Where it goes; /NAME if not given.")
-    ] = None,
+    path: Annotated[str, typer.Argument(help="File, folder or symlink.")],
+    remote: Annotated[str | None, typer.Argument(help="Where it goes; /NAME if not given.")] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option("--exclude", help="Leave out names like this (* ? []); may be repeated."),
@@ -152,8 +150,8 @@ def put(
 @app.command()
 def get(
     context: typer.Context,
-    remote: Annotated[str, typer.Argument(metavar="REMOTE")],
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Where it goes.")],
+    remote: Annotated[str, typer.Argument()],
+    path: Annotated[str, typer.Argument(help="Where it goes.")],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace local files that differ.")
     ] = False,
@@ -174,7 +172,7 @@ def get(
 @app.command()
 def ls(
     context: typer.Context,
-    remote: Annotated[str, typer.Argument(metavar="[REMOTE]")] = "/",
+    remote: Annotated[str, typer.Argument()] = "/",
     recursive: Annotated[
         bool, typer.Option("--recursive", "-R", help="Everything below, too.")
     ] = False,
@@ -192,7 +190,7 @@ def ls(
 @app.command()
 def rm(
     context: typer.Context,
-    remote: Annotated[str, typer.Argument(metavar="REMOTE")],
+    remote: Annotated[str, typer.Argument()],
     server: Server = None,
     token_file: TokenFile = None,
 ) -> None:
