@@ -72,7 +72,7 @@ def status_of(connection: Connection) -> CellStatus:
         raise ConfigInvalid("this database holds no cell yet")
     nodes = map_rows.read_nodes(connection)
     by_state = select(volumes.c.state, func.count()).group_by(volumes.c.state)
-    counts: dict[str, int] = dict(connection.execute(by_state).tuples().all())
+    counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(by_state)}
     return CellStatus(
         cluster_id=row.cluster_id,
         scheme=Scheme.parse(row.scheme),
