@@ -69,7 +69,12 @@ def error_of_answer(status: int, body: bytes, headers: Mapping[str, str]) -> Hav
 
 
 def error_of_json(described: Any, group: type[HaversackError] = HaversackError) -> HaversackError:
-    """Rebuild an error from its JSON form `{"kind", "message", "details"}`."""
+    """Rebuild an error from its JSON form `{"kind", "message", "details"}`.
+
+    Raises TypeError or KeyError for anything else.
+    """
+    if not isinstance(described, dict):
+        raise TypeError("an error is an object")
     details = described.get("details")
     return rebuild(
         str(described["kind"]),
