@@ -135,12 +135,12 @@ def writers_hold_their_lease(events: Iterable[NodeEvent]) -> list[Violation]:
     incarnation it answers with, and never in a lower one than it acknowledged before."""
     name = "writers_hold_their_lease"
     found: list[Violation] = []
-    leases: dict[tuple[NodeId, int], LeaseGranted] = {}
+    leases: dict[tuple[NodeId, int], _Lease] = {}
     highest: dict[tuple[NodeId, int], int] = {}
     for event in events:
         key = (event.node_id, event.life)
         if isinstance(event, LeaseGranted):
-            leases[key] = event
+            leases[key] = _extended(leases.get(key), event)
             continue
         found.extend(
             Violation(name, str(event.node_id), message)
@@ -150,14 +150,25 @@ def writers_hold_their_lease(events: Iterable[NodeEvent]) -> list[Violation]:
     return found
 
 
-def _write_faults(
-    event: WriteAcknowledged, lease: LeaseGranted | None, highest: int
-) -> Iterable[str]:
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    incarnation: int
+    until: float
+
+
+def _extended(held: _Lease | None, granted: LeaseGranted) -> _Lease:
+    until = granted.at + granted.lease_s
+    if held is not None and held.incarnation == granted.incarnation:
+        until = max(until, held.until)
+    return _Lease(granted.incarnation, until)
+
+
+def _write_faults(event: WriteAcknowledged, lease: _Lease | None, highest: int) -> Iterable[str]:
     if lease is None:
         yield f"life {event.life} acknowledged a write without ever holding a lease"
         return
-    if event.at > lease.at + lease.lease_s:
-        yield f"acknowledged a write {event.at - lease.at:.3f} s into a {lease.lease_s:.3f} s lease"
+    if event.at > lease.until:
+        yield f"acknowledged a write {event.at - lease.until:.3f} s after its lease ran out"
     if event.incarnation != lease.incarnation:
         yield (
             f"acknowledged a write as incarnation {event.incarnation} under a lease of "

@@ -264,12 +264,14 @@ class SqlReplyLost:
 
 @dataclass(frozen=True, slots=True)
 class DoubleStart:
-    """A second process of a node is started while the first is paused, and the first goes on
-    after `for_s`: what Ray does behind a frozen raylet."""
+    """A process is stopped, a second one is started in its place, and the first goes on after
+    `for_s`: what Ray does behind a frozen raylet.  Nodes and the placement service."""
 
     kind: ClassVar[FaultKind] = FaultKind.DOUBLE_START
-    node: NodeId
+    process: str
     for_s: float
+    together_s: float
+    """How long both run before the first is killed."""
 
 
 Fault: TypeAlias = (

@@ -118,10 +118,15 @@ class Nemesis:
                 | faults.DiskFull()
                 | faults.SyncFails()
                 | faults.SlowDisk()
-                | faults.DoubleStart()
             ):
                 return self._room_for([fault.node])
-            case faults.Kill() | faults.KillAtStep() | faults.KillAtCommit() | faults.Pause():
+            case (
+                faults.Kill()
+                | faults.KillAtStep()
+                | faults.KillAtCommit()
+                | faults.Pause()
+                | faults.DoubleStart()
+            ):
                 return self._room_for([fault.process])
             case _:
                 return True
@@ -212,6 +217,8 @@ _DRAWS: Mapping[FaultKind, _Draw] = {
     FaultKind.CLOCK_JUMP: _clock_jump,
     FaultKind.SQL_BUSY: lambda n: faults.SqlBusy(n.writer(), 1 + int(5 * n.pick())),
     FaultKind.SQL_REPLY_LOST: lambda n: faults.SqlReplyLost(n.writer(), n.pick() < 0.7),
-    FaultKind.DOUBLE_START: lambda n: faults.DoubleStart(n.node(), n.for_s()),
+    FaultKind.DOUBLE_START: lambda n: faults.DoubleStart(
+        "placement" if n.pick() < 0.4 else str(n.node()), n.for_s(), n.for_s()
+    ),
 }
 assert set(_DRAWS) == set(FaultKind)

@@ -45,12 +45,12 @@ class Inspector:
         ).fetchone()
         return None if row is None else self._stripe(row)
 
-    def stripes(self) -> dict[BlockHash, Stripe]:
-        """The whole index."""
+    def stripes(self, *, read_disks: bool = True) -> dict[BlockHash, Stripe]:
+        """The whole index; without reading disks, every slot is called intact."""
         rows = self._cell.execute(
             "SELECT hash, volume_id, plain_bytes FROM blocks ORDER BY hash"
         ).fetchall()
-        return {stripe.block: stripe for row in rows for stripe in [self._stripe(row)]}
+        return {BlockHash(row[0]): self._stripe(row, read_disks) for row in rows}
 
     def node_incarnation(self, node_id: NodeId) -> int:
         """Of the node table, now."""
@@ -64,7 +64,7 @@ class Inspector:
         rows = self._cell.execute("SELECT node_id, state FROM nodes ORDER BY node_id").fetchall()
         return {NodeId(node_id): state for node_id, state in rows}
 
-    def _stripe(self, row: tuple[bytes, int, int]) -> Stripe:
+    def _stripe(self, row: tuple[bytes, int, int], read_disks: bool = True) -> Stripe:
         block, volume = BlockHash(row[0]), VolumeId(row[1])
         (scheme_name,) = self._cell.execute(
             "SELECT scheme FROM volumes WHERE volume_id = ?", (row[1],)
@@ -82,7 +82,9 @@ class Inspector:
             )
         )
         keys = [FragmentKey(volume, block, slot) for slot in range(scheme.n)]
-        slots = tuple(self._slot(nodes[key.slot], key) for key in keys)
+        slots = (SlotState.INTACT,) * scheme.n
+        if read_disks:
+            slots = tuple(self._slot(nodes[key.slot], key) for key in keys)
         destroyed = frozenset(key.slot for key in keys if self._atlas.is_destroyed(key))
         return Stripe(block, volume, scheme, row[2], tuple(nodes), slots, debts, destroyed)
 

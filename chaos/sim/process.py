@@ -134,6 +134,10 @@ class SimProcess:
         assert steps >= 0
         self._fuse, self._on_fuse = steps, burnt
 
+    def defuse(self) -> None:
+        """Take back `light_fuse`."""
+        self._fuse = self._on_fuse = None
+
     def admit(self, handle: asyncio.Handle) -> bool:
         """Asked by the loop before each callback of this process; False keeps it from running."""
         if self.state is ProcessState.DEAD:

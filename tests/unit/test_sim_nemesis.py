@@ -64,9 +64,9 @@ def test_with_m_nodes_out_no_other_node_is_touched() -> None:
     view.out = ["node-01", "node-02", "node-03"]
     for fault in draws(view, 3):
         match fault:
-            case faults.LoseDisk() | faults.DiskFull() | faults.SlowDisk() | faults.DoubleStart():
+            case faults.LoseDisk() | faults.DiskFull() | faults.SlowDisk() | faults.KillAtDisk():
                 assert fault.node in view.out
-            case faults.Kill() | faults.Pause() | faults.KillAtStep():
+            case faults.Kill() | faults.Pause() | faults.KillAtStep() | faults.DoubleStart():
                 assert fault.process in view.out or not fault.process.startswith("node")
             case faults.Partition():
                 assert set(fault.side) <= set(view.out)

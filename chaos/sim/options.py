@@ -1,0 +1,147 @@
+"""What a seed decides about a run: the cell, its network and clocks, how long, what goes wrong.
+
+Everything is drawn here, before anything runs, so that a report can print it and a scenario can
+replace part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from chaos.faults import FaultKind
+from chaos.nemesis import NemesisPlan
+from chaos.sim.network import LinkQuality
+from chaos.workloads import WorkloadPlan
+from erasure.scheme import Scheme
+
+SCHEMES: tuple[tuple[str, int, int], ...] = (
+    ("rs-6-3", 9, 12),
+    ("rs-6-3", 9, 9),
+    ("rs-4-2", 6, 9),
+    ("rs-2-1", 3, 5),
+    ("rs-3-2", 5, 8),
+    ("replica-3", 3, 5),
+)
+"""Scheme, fewest and most nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One run.  Times are virtual seconds."""
+
+    seed: int
+    scheme: Scheme
+    nodes: int
+    hosts: int
+    gateways: int
+    shuffle: bool
+    link: LinkQuality
+    clock_drift: float
+    """Clocks of hosts run up to this share fast or slow."""
+    fault_s: float
+    """How long faults and clients go on."""
+    quiet_s: float
+    """Idle time before the last look: claims, leases and timers go on."""
+    workload: WorkloadPlan
+    nemesis: NemesisPlan
+
+    def describe(self) -> list[str]:
+        """Lines for a report."""
+        weights = sorted(self.nemesis.weights.items(), key=lambda item: -item[1])
+        return [
+            f"cell: {self.scheme}, {self.nodes} nodes on {self.hosts} hosts, "
+            f"{self.gateways} gateways, shuffled schedule: {'yes' if self.shuffle else 'no'}",
+            f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
+            f"drift up to {self.clock_drift:.4%}",
+            f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
+            f"{self.workload.think_mean_s:g} s, {self.workload.paths} paths",
+            f"faults: about every {self.nemesis.gap_mean_s:g} s, at most "
+            f"{self.nemesis.impaired_nodes_max} nodes out at once; "
+            + ", ".join(f"{kind} {weight:.2f}" for kind, weight in weights),
+        ]
+
+
+def draw_options(seed: int) -> Options:
+    """The options of the `mixed` scenario."""
+    rng = random.Random(f"options-{seed}")
+    scheme_name, fewest, most = rng.choice(SCHEMES)
+    scheme = Scheme.parse(scheme_name)
+    nodes = rng.randint(fewest, most)
+    workload = WorkloadPlan.draw(rng)
+    operations = rng.randint(150, 400)
+    fault_s = max(60.0, operations * workload.think_mean_s / workload.clients)
+    return Options(
+        seed=seed,
+        scheme=scheme,
+        nodes=nodes,
+        hosts=rng.choice([1, nodes, max(2, nodes // 2)]),
+        gateways=rng.choice([1, 2, 2]),
+        shuffle=rng.random() < 0.7,
+        link=LinkQuality(latency_mean_s=rng.choice([0.0002, 0.0005, 0.003])),
+        clock_drift=rng.choice([0.0, 0.0001, 0.01]),
+        fault_s=fault_s,
+        quiet_s=rng.choice([30.0, 120.0, 600.0]),
+        workload=workload,
+        nemesis=NemesisPlan.draw(rng, scheme.m, nodes),
+    )
+
+
+def _only(
+    options: Options, *kinds: FaultKind, gap_s: float, impaired_max: int | None = None
+) -> Options:
+    limit = options.scheme.m if impaired_max is None else impaired_max
+    plan = NemesisPlan(dict.fromkeys(kinds, 1.0), gap_s, limit)
+    return dataclasses.replace(options, nemesis=plan)
+
+
+def _calm(options: Options) -> Options:
+    plan = NemesisPlan({}, 1e9, 0)
+    return dataclasses.replace(options, nemesis=plan)
+
+
+def _idle(options: Options) -> Options:
+    calm = _calm(options)
+    return dataclasses.replace(calm, quiet_s=4 * 3600.0)
+
+
+SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
+    "mixed": lambda options: options,
+    "calm": _calm,
+    "idle": _idle,
+    "kill_m": lambda options: _only(
+        options, FaultKind.KILL, FaultKind.KILL_AT_STEP, FaultKind.KILL_AT_DISK, gap_s=5.0
+    ),
+    "power_cut": lambda options: _only(
+        options, FaultKind.POWER_CUT, gap_s=30.0, impaired_max=options.nodes
+    ),
+    "zombies": lambda options: _only(options, FaultKind.PAUSE, FaultKind.DOUBLE_START, gap_s=10.0),
+    "bit_rot": lambda options: _only(
+        options,
+        FaultKind.CORRUPT_RECORD,
+        FaultKind.SWAP_RECORDS,
+        FaultKind.DROP_RECORD,
+        FaultKind.READ_ERRORS,
+        gap_s=5.0,
+    ),
+    "lost_disks": lambda options: _only(
+        options, FaultKind.LOSE_DISK, FaultKind.EMPTY_DISK, gap_s=30.0
+    ),
+    "bad_network": lambda options: _only(
+        options,
+        FaultKind.PARTITION,
+        FaultKind.LOSSY_NETWORK,
+        FaultKind.SLOW_NETWORK,
+        gap_s=15.0,
+    ),
+    "sql": lambda options: _only(
+        options,
+        FaultKind.SQL_BUSY,
+        FaultKind.SQL_REPLY_LOST,
+        FaultKind.KILL_AT_COMMIT,
+        gap_s=3.0,
+    ),
+}
+"""Name -> how a seed's options are bent towards one kind of trouble."""
