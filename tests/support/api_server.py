@@ -120,6 +120,7 @@ def serving(
         except BaseException as error:  # noqa: BLE001 - raised again by the test
             failure.append(error)
         finally:
+            sock.close()
             started.set()
 
     thread = threading.Thread(target=body, name="api-server", daemon=True)
