@@ -14,12 +14,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from api.access_log import AccessLog
 from api.authentication import Authenticator
 from api.authority import Authority
 from api.batch_routes import BatchRoutes
 from api.block_routes import BlockRoutes
 from api.gate import Gate
-from api.logs import AccessLog
 from api.metadata_routes import MetadataRoutes
 from api.openapi import with_token
 from api.routing import Route

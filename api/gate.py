@@ -21,11 +21,11 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.access_log import AccessLog
 from api.answers import error_answer
 from api.authentication import Authenticator, require_admin
 from api.bodies import Run
 from api.call import Access, Call, PeerGone
-from api.logs import AccessLog
 from api.metrics import NO_ROUTE, HttpMetrics
 from api.routing import Route, RouteTable
 from api.turns import Turns

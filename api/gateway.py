@@ -28,12 +28,12 @@ import uvloop
 
 from api.app import create_app
 from api.http_listener import Listener, Patience
-from api.logs import open_log
 from api.services import open_services
 from protocol.allocator import release_free_memory, reuse_large_buffers
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
 from protocol.errors import ConfigInvalid, HaversackError
+from protocol.logs import open_log
 
 BACKLOG: Final = 1024
 OPEN_FILES_WANTED: Final = 16_384

@@ -1,17 +1,14 @@
-"""Structured logs of the gateway: one JSON object a line, in `DIR/logs/gateway.log`.
+"""Which requests get a line in `DIR/logs/gateway.log`, and what it says.
 
-Errors and slow requests are always written; every request only if the operator asks for it.  A
-line never holds a token, a query string or a body.
+Last step of every walk over HTTP, called by `gate.Gate`.  Errors and slow requests are always
+written; every request only if the operator asks for it.  A line never holds a token, a query
+string or a body.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any, Final, Literal
 
-import orjson
 import structlog
 
 from api.call import Call
@@ -20,40 +17,6 @@ PATH_CHARACTERS_MAX: Final = 100
 
 PROBLEM_STATUSES: Final = frozenset({400, 401, 403, 408, 411, 413, 429, 431})
 """Client errors worth a line: those that a working client does not cause all day (404, 409)."""
-
-
-def open_log(path: Path | None) -> None:
-    """Send structlog and the standard library's logging to `path`; None: to nowhere."""
-    if path is None:
-        structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[_encode])
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("ab", buffering=0)
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            _encode,
-        ],
-        logger_factory=structlog.BytesLoggerFactory(stream),
-        cache_logger_on_first_use=True,
-    )
-    handler = _Forward(logging.WARNING)
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-
-
-class _Forward(logging.Handler):
-    """Records of libraries become lines like ours."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger().log(
-            record.levelno,
-            record.getMessage(),
-            logger=record.name,
-            exc_info=record.exc_info,
-        )
 
 
 class AccessLog:
@@ -88,7 +51,3 @@ def _fields(call: Call, template: str) -> dict[str, Any]:
         "account": call.account.name,
         "peer": f"{client[0]}:{client[1]}" if client else None,
     }
-
-
-def _encode(_logger: object, _name: str, event: MutableMapping[str, Any]) -> bytes:
-    return orjson.dumps(event, default=repr)
