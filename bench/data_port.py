@@ -1,6 +1,6 @@
 """CPU and wall time of one node behind its data port: a real socket, process, store and disk.
 
-`python -m bench.data_port [--directory DIR] [--inline]` prints the figures of
+`python -m bench.data_port [--directory DIR] [--threads]` prints the figures of
 `docs/design/006-data-port.md`: put and get of 700 KB fragments by number of callers, and of 1 KB
 records in frames of 250.  CPU is that of the node process alone; the caller's is given apart.
 """
@@ -40,14 +40,21 @@ from storage_node.rocks_store import open_store
 
 _IDENTITY = Identity("bench", NodeId("node-01"), "bench")
 _SECRET = b"s" * 32
+_Records = list[tuple[FragmentKey, list[bytes]]]
+_PHASES = [
+    *[("700 KiB", 700 * KIB, 192, 1, callers) for callers in (1, 2, 4, 8, 16)],
+    *[("1 KiB in frames of 250", 1 * KIB, 20_000, 250, callers) for callers in (1, 4)],
+    *[("1 KiB one by one", 1 * KIB, 2_000, 1, callers) for callers in (1, 16, 64)],
+]
+"""Name, record bytes, records, records in a frame, callers."""
 
 
-def _node_process(directory: Path, inline: bool, ready: Connection) -> None:
+def _node_process(directory: Path, threaded: bool, ready: Connection) -> None:
     reuse_large_buffers(64 * MIB)
-    uvloop.run(_serve(directory, inline, ready))
+    uvloop.run(_serve(directory, threaded, ready))
 
 
-async def _serve(directory: Path, inline: bool, ready: Connection) -> None:
+async def _serve(directory: Path, threaded: bool, ready: Connection) -> None:
     threads = ThreadPoolExecutor(4)
     loop = asyncio.get_running_loop()
 
@@ -59,7 +66,13 @@ async def _serve(directory: Path, inline: bool, ready: Connection) -> None:
 
     initialise(directory, _IDENTITY)
     store = open_store(directory, _IDENTITY, StoreOptions(reserve_bytes=0))
-    node = StorageNode(_IDENTITY, store, SystemClock(), at_once if inline else in_thread)
+    node = StorageNode(
+        _IDENTITY,
+        store,
+        SystemClock(),
+        in_thread if threaded else at_once,
+        run_slow=in_thread,
+    )
     port = await serve(node, "127.0.0.1", 0, _SECRET, entropy=os.urandom)
     ready.send(port.endpoint)
     await loop.run_in_executor(None, ready.recv)
@@ -78,11 +91,11 @@ async def _parallel(count: int, callers: int, call: Callable[[int], Awaitable[No
     await asyncio.gather(*(caller() for _ in range(callers)))
 
 
-def _records(size: int, count: int, seed: int) -> list[tuple[FragmentKey, list[bytes]]]:
+def _records(size: int, count: int) -> _Records:
     scheme = Scheme.parse("replica-1")
     payload = os.urandom(size)
     made = []
-    for number in range(count):
+    for _ in range(count):
         block = BlockHash(os.urandom(32))
         header = pack_header(scheme, 0, block, VolumeId(1), 1, size, payload)
         made.append((FragmentKey(VolumeId(1), block, 0), [header, payload]))
@@ -112,53 +125,44 @@ class _Meter:
         return times.user + times.system
 
 
+def _put(port: SocketPort, records: _Records, frame: int) -> Callable[[int], Awaitable[None]]:
+    async def put(number: int) -> None:
+        part = records[frame * number : frame * (number + 1)]
+        outcome = await port.put(1, [pieces for _, pieces in part], 30)
+        assert not any(outcome.statuses)
+
+    return put
+
+
+def _get(port: SocketPort, records: _Records, frame: int) -> Callable[[int], Awaitable[None]]:
+    async def get(number: int) -> None:
+        part = records[frame * number : frame * (number + 1)]
+        answers = await port.get([key for key, _ in part], 30)
+        assert all(answer.record is not None for answer in answers)
+
+    return get
+
+
 async def _measure(endpoint: str, pid: int) -> None:
     port = SocketPort(_IDENTITY.node_id, endpoint, "bench", _SECRET, SystemClock())
     await port.lease(1, 3600, 5)
     meter = _Meter(psutil.Process(pid))
     print("| work | node CPU ms | caller CPU ms | wall ms | records/s |")
     print("|---|---|---|---|---|")
-    for callers in (1, 2, 4, 8, 16):
-        big = _records(700 * KIB, 192, callers)
-
-        async def put(number: int) -> None:
-            await port.put(1, [big[number][1]], 30)
-
-        async def get(number: int) -> None:
-            (answer,) = await port.get([big[number][0]], 30)
-            assert answer.record is not None
-
-        await meter.run(f"put 700 KiB, {callers} callers", 192, _parallel(192, callers, put))
-        await _parallel(192, callers, get)
-        await meter.run(f"get 700 KiB, {callers} callers", 192, _parallel(192, callers, get))
-    for callers in (1, 4):
-        small = _records(1 * KIB, 20_000, callers)
-
-        async def put_frame(number: int) -> None:
-            part = small[250 * number : 250 * (number + 1)]
-            await port.put(1, [pieces for _, pieces in part], 30)
-
-        async def get_frame(number: int) -> None:
-            part = small[250 * number : 250 * (number + 1)]
-            await port.get([key for key, _ in part], 30)
-
-        label = f"1 KiB, frames of 250, {callers} callers"
-        await meter.run(f"put {label}", 20_000, _parallel(80, callers, put_frame))
-        await meter.run(f"get {label}", 20_000, _parallel(80, callers, get_frame))
-    for callers in (1, 16, 64):
-        single = _records(1 * KIB, 2_000, callers)
-
-        async def put_one(number: int) -> None:
-            await port.put(1, [single[number][1]], 30)
-
-        async def get_one(number: int) -> None:
-            await port.get([single[number][0]], 30)
-
-        label = f"1 KiB one by one, {callers} callers"
-        await meter.run(f"put {label}", 2_000, _parallel(2_000, callers, put_one))
-        await meter.run(f"get {label}", 2_000, _parallel(2_000, callers, get_one))
-    summary = await port.summary(5)
-    print(f"groups {summary.counters['groups']} of {summary.counters['jobs_grouped']} jobs")
+    for label, size, count, frame, callers in _PHASES:
+        records = _records(size, count)
+        frames = count // frame
+        put, get = _put(port, records, frame), _get(port, records, frame)
+        name = f"{label}, {callers} callers"
+        before = (await port.summary(5)).counters
+        await meter.run(f"put {name}", count, _parallel(frames, callers, put))
+        after = (await port.summary(5)).counters
+        await _parallel(frames, callers, get)  # once cold: an extent leaves the page cache
+        await meter.run(f"get {name}", count, _parallel(frames, callers, get))
+        groups = after["groups"] - before["groups"]
+        print(
+            f"| | | | | {(after['jobs_grouped'] - before['jobs_grouped']) / groups:.1f} a group |"
+        )
     memory = psutil.Process(pid).memory_full_info()
     print(f"node USS {memory.uss / MIB:.1f} MiB, RSS {memory.rss / MIB:.1f} MiB")
     await port.close()
@@ -168,13 +172,13 @@ def main() -> None:
     """Start a node process, measure it, stop it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=None)
-    parser.add_argument("--inline", action="store_true", help="store calls on the event loop")
+    parser.add_argument("--threads", action="store_true", help="store calls in threads")
     arguments = parser.parse_args()
     reuse_large_buffers(64 * MIB)
     root = Path(tempfile.mkdtemp(prefix="haversack-bench-", dir=arguments.directory))
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=_node_process, args=(root / "node", arguments.inline, there), daemon=True
+        target=_node_process, args=(root / "node", arguments.threads, there), daemon=True
     )
     process.start()
     try:

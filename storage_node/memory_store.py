@@ -90,8 +90,7 @@ class Disk:
     def _touch(self) -> str | None:
         """Count a call; the failure it meets, if any."""
         self.calls += 1
-        failure = self.failing.pop(self.calls, None)
-        return failure
+        return self.failing.pop(self.calls, None)
 
     def _set(self, key: bytes, record: bytes) -> None:
         self._remove(key)
@@ -115,7 +114,8 @@ class PowerLost(Exception):
 class MemoryStore:
     """`FragmentStore` on a `Disk`.  What a call changed is durable when it returns."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk | None = None) -> None:
+        disk = disk or Disk()
         if disk.holder is not None:
             raise DirectoryInUse("another process has the disk open")
         if disk._touch() is not None:

@@ -68,12 +68,17 @@ class StorageNode:
         clock: Clock,
         run: Run,
         *,
+        run_slow: Run | None = None,
         pid: int | None = None,
     ) -> None:
+        """`run` carries out what takes a millisecond or so (the real node: on the loop, since
+        rocksdict holds the GIL anyway), `run_slow` the rest (off the loop); the same by default.
+        """
         self.identity = identity
         self._store: FragmentStore | None = None
         self._clock = clock
         self._run = run
+        self._run_slow = run_slow or run
         self._pid = os.getpid() if pid is None else pid
         self._state = ServiceState.OPENING
         self._detail = ""
@@ -132,11 +137,17 @@ class StorageNode:
         self._epochs.clear()
         self._unwritten_epochs.clear()
         self._store = store
+        if self._state is ServiceState.REFUSING:
+            self._enter(ServiceState.OPENING, "")
         self._enter(ServiceState.SERVING, "")
 
     def refuse(self, detail: str) -> None:
-        """Do not serve, and say why."""
+        """Do not serve, and say why: the directory is not ours, or cannot be opened."""
         self._enter(ServiceState.REFUSING, detail)
+
+    def wait_to_open(self, detail: str) -> None:
+        """Not serving yet, and why: the directory is in use, or the disk is full."""
+        self._enter(ServiceState.OPENING, detail)
 
     async def detach(self) -> None:
         """Close the store, to be opened again; returns when nobody uses it any more."""
@@ -154,18 +165,29 @@ class StorageNode:
         self._lease_until = float("-inf")
         await self._unused.wait()
         if store is not None:
-            await self._run(store.close)
+            await self._run_slow(store.close)
 
-    async def _use(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def _use(self, run: Run, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run blocking `work` of the store; it is not closed meanwhile."""
         self._users += 1
         self._unused.clear()
         try:
-            return await self._run(work, *arguments)
+            return await run(work, *arguments)
         finally:
-            self._users -= 1
-            if self._users == 0:
-                self._unused.set()
+            self._used()
+
+    async def _use_slowly(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """As `_use`, off the loop.  A caller that goes away does not end the work."""
+        self._users += 1
+        self._unused.clear()
+        running = asyncio.ensure_future(self._run_slow(work, *arguments))
+        running.add_done_callback(self._used)
+        return await asyncio.shield(running)
+
+    def _used(self, _done: object = None) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._unused.set()
 
     def _enter(self, state: ServiceState, detail: str) -> None:
         self._state = transition(self._state, state)
@@ -258,7 +280,7 @@ class StorageNode:
             self._held_store().put_state(values)
 
     async def _load_epoch(self, volume: VolumeId) -> int:
-        written = await self._use(self._held_store().get_state, _epoch_name(volume))
+        written = await self._use(self._run, self._held_store().get_state, _epoch_name(volume))
         if len(self._epochs) >= _EPOCHS_CACHED_MAX:
             self._epochs.clear()
         epoch = 0 if written is None else int.from_bytes(written, "big")
@@ -299,7 +321,7 @@ class StorageNode:
         Raises `NodeRefuses` while no store is open.
         """
         store = self._readable_store()
-        found: list[StoredRecord] = await self._use(store.get_many, keys)
+        found: list[StoredRecord] = await self._use(self._run, store.get_many, keys)
         self._counters["gets"] += len(keys)
         self._counters["get_bytes"] += sum(
             len(answer.record) for answer in found if answer.record is not None
@@ -311,7 +333,7 @@ class StorageNode:
         if not 0 < limit <= FRAME_ITEMS_MAX:
             raise InvalidRequest(f"a page of {limit} keys: ask for 1 to {FRAME_ITEMS_MAX}")
         store = self._readable_store()
-        page, more = await self._use(store.inventory, after, min(limit, INVENTORY_PAGE_MAX))
+        page, more = await self._use_slowly(store.inventory, after, min(limit, INVENTORY_PAGE_MAX))
         return InventoryReply([key.pack() for key, _ in page], [length for _, length in page], more)
 
     async def tidy(self, budget_bytes: int) -> int:
@@ -319,7 +341,7 @@ class StorageNode:
         if self._state is not ServiceState.SERVING:
             return 0
         try:
-            rewritten: int = await self._use(self._held_store().tidy, budget_bytes)
+            rewritten: int = await self._use(self._run_slow, self._held_store().tidy, budget_bytes)
         except (DirectoryCorrupt, NodeFull, NodeRefuses) as error:
             self._fail(error)
             return 0

@@ -55,6 +55,8 @@ class StoreOptions:
     reserve_bytes: int = 1 * GIB
     """Puts are refused while less than this is free: deletes and merges need space themselves."""
     free_bytes: Callable[[Path], int] = free_disk_bytes
+    capacity_bytes: int | None = None
+    """What the records of this store may take; as much as the disk has, if None."""
     large_record_bytes: int = 32 * KIB
     """Records from this size on may go into extents."""
     ingest_bytes: int = 256 * KIB

@@ -410,8 +410,12 @@ class RocksStore:
         return StoreStats(totals.fragments, totals.fragment_bytes, disk, counters)
 
     def free_bytes(self) -> int:
-        """Free bytes above the reserve."""
-        return max(0, self._options.free_bytes(self._directory) - self._options.reserve_bytes)
+        """Free bytes above the reserve, and within the capacity of this store."""
+        free = self._options.free_bytes(self._directory) - self._options.reserve_bytes
+        if self._options.capacity_bytes is not None:
+            taken = self._totals.fragment_bytes + self._totals.dead_bytes
+            free = min(free, self._options.capacity_bytes - taken)
+        return max(0, free)
 
     def recount(self) -> tuple[int, int]:
         """Fragments and bytes by reading the whole index (about 1 us an entry): for a check of

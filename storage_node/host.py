@@ -1,0 +1,272 @@
+"""The life of one storage-node process: open the disk, serve it, heal what can be healed, stop.
+
+Started by `storage_node/actor.py` (and by tests): everything around `StorageNode` that deals with
+real directories, sockets and threads.  Imports no ray; talks to placement through `register`.
+
+    read the secret -> listen -> open the directory, again and again until it opens
+      -> register, until placement has granted a lease -> serve
+    a write failed  -> close the store, open it again
+    stop            -> stop listening, finish what is queued, close the store
+
+A directory without its identity, or with another's, is never written to: the node says that it
+refuses, and looks again from time to time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.allocator import release_free_memory
+from protocol.clock import Clock
+from protocol.errors import (
+    DirectoryForeign,
+    DirectoryInUse,
+    HaversackError,
+    NodeFull,
+    OperatorNeeded,
+)
+from protocol.ids import NodeId
+from protocol.limits import GIB
+from storage_node import identity
+from storage_node.identity import Identity
+from storage_node.interface import NodeRegistration
+from storage_node.node import StorageNode
+from storage_node.port_server import DataPort, serve
+from storage_node.rocks_options import EXTENT_FILE_BYTES, StoreOptions
+from storage_node.rocks_store import RocksStore, open_store
+from storage_node.service_state import ServiceState
+
+OPEN_RETRY_S: Final = 0.5
+OPEN_RETRY_S_MAX: Final = 15.0
+"""First and longest pause between attempts to open a directory."""
+
+WATCH_S: Final = 0.25
+"""How often a serving node looks whether a write failed or its lease is missing."""
+
+REGISTER_DEADLINE_S: Final = 5.0
+REGISTER_RETRY_S: Final = 1.0
+LEASE_WAIT_S: Final = 15.0
+"""Without a lease for this long, a registered node registers again; each time counts as a new
+incarnation, so a placement service that is merely restarting gets the time to come back."""
+
+UPKEEP_S: Final = 5.0
+"""A node is idle after this long without a write, and looks this often."""
+
+UPKEEP_GROUPS_MAX: Final = 2_048
+"""Group commits after which a busy node does a step of upkeep all the same."""
+
+_log = logging.getLogger("haversack.node")
+
+Register = Callable[[NodeRegistration], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything a node process is told; plain data, so that it can be sent to one."""
+
+    node_id: NodeId
+    directory: str
+    cluster_id: str
+    secret_file: str
+    bind_host: str
+    capacity_bytes: int | None
+    """What the node may fill; its file system's size when None."""
+    namespace: str
+    """Ray namespace of the registrar."""
+    registrar: str
+    """Name of the placement actor."""
+    reserve_bytes: int = 1 * GIB
+    log_file: str | None = None
+
+
+def read_secret(path: Path) -> bytes:
+    """The cluster secret: one line of hex digits."""
+    return bytes.fromhex(path.read_text(encoding="ascii").strip())
+
+
+async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The `run` of a real node.  rocksdict holds the GIL through puts and most of a get, so a
+    thread would only add its hand-over; measured in `docs/design/006-data-port.md`."""
+    return work(*arguments)
+
+
+class NodeHost:
+    """Owns the node, its port and its tasks; all on one event loop."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        register: Register,
+        clock: Clock,
+        entropy: Callable[[int], bytes],
+    ) -> None:
+        self.config = config
+        self._register = register
+        self._clock = clock
+        self._entropy = entropy
+        self._directory = Path(config.directory)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="disk")
+        expected = Identity(config.cluster_id, config.node_id, "unknown")
+        self.node = StorageNode(expected, None, clock, at_once, run_slow=self._in_thread)
+        self.port: DataPort | None = None
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Until `stop`."""
+        try:
+            secret = read_secret(Path(self.config.secret_file))
+            self.port = await serve(
+                self.node, self.config.bind_host, 0, secret, entropy=self._entropy
+            )
+            _log.info("%s listens on %s", self.config.node_id, self.port.endpoint)
+            for work in (self._keep_open(), self._keep_registered(), self._keep_tidy()):
+                self._tasks.append(asyncio.create_task(work))
+            await self._stopping.wait()
+        finally:
+            await self._end()
+
+    async def stop(self) -> None:
+        """Serve no more; returns when the store is closed.  Idempotent."""
+        self._stopping.set()
+        await self._ended.wait()
+
+    async def _end(self) -> None:
+        try:
+            if self.port is not None:
+                await self.port.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.node.close()
+        finally:
+            self._threads.shutdown(wait=False)
+            self._ended.set()
+            _log.info("%s stopped", self.config.node_id)
+
+    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, work, *arguments)
+
+    # -- the directory ---------------------------------------------------------------------
+
+    async def _keep_open(self) -> None:
+        """Open the directory; open it again after a failed write."""
+        pause = OPEN_RETRY_S
+        while True:
+            match self.node.state:
+                case ServiceState.SERVING:
+                    await self._clock.sleep(WATCH_S)
+                    continue
+                case ServiceState.CLOSING:
+                    return
+                case ServiceState.FAILED:
+                    _log.error("%s: %s", self.config.node_id, self.node.detail)
+                    with contextlib.suppress(HaversackError):  # told already, by the failed write
+                        await self.node.detach()
+                case ServiceState.OPENING | ServiceState.REFUSING:
+                    pass
+            if await self._open():
+                pause = OPEN_RETRY_S
+                asyncio.get_running_loop().call_later(UPKEEP_S, release_free_memory)
+            else:
+                await self._clock.sleep(pause)
+                pause = min(2 * pause, OPEN_RETRY_S_MAX)
+
+    async def _open(self) -> bool:
+        try:
+            owner, store = await self._in_thread(self._open_directory)
+        except (DirectoryInUse, NodeFull) as error:
+            self._say(error.message)
+            self.node.wait_to_open(error.message)
+            return False
+        except OperatorNeeded as error:
+            self._say(error.message)
+            self.node.refuse(error.message)
+            return False
+        self.node.identity = owner
+        self.node.attach(store)
+        _log.info("%s serves %s", self.config.node_id, self._directory)
+        return True
+
+    def _say(self, detail: str) -> None:
+        if detail != self.node.detail:
+            _log.error("%s does not serve: %s", self.config.node_id, detail)
+
+    def _open_directory(self) -> tuple[Identity, RocksStore]:
+        owner = identity.load(self._directory)
+        config = self.config
+        if (owner.cluster_id, owner.node_id) != (config.cluster_id, config.node_id):
+            raise DirectoryForeign(
+                f"{self._directory} belongs to {owner.node_id} of cluster {owner.cluster_id}, not "
+                f"to {config.node_id} of {config.cluster_id}",
+                {"directory": config.directory},
+            )
+        options = StoreOptions(
+            reserve_bytes=config.reserve_bytes, capacity_bytes=config.capacity_bytes
+        )
+        return owner, open_store(self._directory, owner, options)
+
+    # -- placement -------------------------------------------------------------------------
+
+    async def _keep_registered(self) -> None:
+        """Register once the store is open, and again while no lease arrives."""
+        while True:
+            if self.node.state is not ServiceState.SERVING or self.node.has_lease:
+                await self._clock.sleep(WATCH_S)
+            elif await self._register_once():
+                await self._wait_for_lease()
+            else:
+                await self._clock.sleep(REGISTER_RETRY_S)
+
+    async def _register_once(self) -> bool:
+        assert self.port is not None
+        registration = NodeRegistration(
+            self.config.node_id,
+            self.node.identity.store_id,
+            self.port.endpoint,
+            os.getpid(),
+            self.config.directory,
+            self.config.capacity_bytes or file_system_bytes(self._directory),
+        )
+        try:
+            async with asyncio.timeout(REGISTER_DEADLINE_S):
+                await self._register(registration)
+        except Exception as error:  # noqa: BLE001  placement may be away in any way; ask again
+            _log.warning("%s could not register: %s", self.config.node_id, error)
+            return False
+        return True
+
+    async def _wait_for_lease(self) -> None:
+        until = self._clock.monotonic() + LEASE_WAIT_S
+        while not self.node.has_lease and self._clock.monotonic() < until:
+            await self._clock.sleep(WATCH_S)
+
+    # -- upkeep ----------------------------------------------------------------------------
+
+    async def _keep_tidy(self) -> None:
+        """Merge extents when nobody writes, or when very many were written."""
+        tidied_at = -1
+        while True:
+            await self._clock.sleep(UPKEEP_S)
+            written = self.node.commits.groups - tidied_at
+            idle = self._clock.monotonic() - self.node.last_write > UPKEEP_S
+            if written and (idle or written > UPKEEP_GROUPS_MAX):
+                groups = self.node.commits.groups
+                if await self.node.tidy(EXTENT_FILE_BYTES) == 0 or not idle:
+                    tidied_at = groups
+
+
+def file_system_bytes(directory: Path) -> int:
+    """Size of the file system that holds `directory`."""
+    space = os.statvfs(directory)
+    return space.f_blocks * space.f_frsize
