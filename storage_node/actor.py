@@ -49,7 +49,8 @@ class StorageNodeActor:
     async def stop(self) -> None:
         """Close the store in order, then end this process for good."""
         await self._host.stop()
-        ray.actor.exit_actor()
+        end: Any = ray.actor.exit_actor
+        end()
 
 
 def _registrar(config: NodeConfig) -> Register:

@@ -149,7 +149,7 @@ class NodeHost:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self.node.close()
         finally:
-            self._threads.shutdown(wait=False)
+            await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
             self._ended.set()
             _log.info("%s stopped", self.config.node_id)
 
@@ -183,8 +183,12 @@ class NodeHost:
                 pause = min(2 * pause, OPEN_RETRY_S_MAX)
 
     async def _open(self) -> bool:
+        opening = asyncio.ensure_future(self._in_thread(self._open_directory))
         try:
-            owner, store = await self._in_thread(self._open_directory)
+            owner, store = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)
+            raise
         except (DirectoryInUse, NodeFull) as error:
             self._say(error.message)
             self.node.wait_to_open(error.message)
@@ -219,13 +223,18 @@ class NodeHost:
     # -- placement -------------------------------------------------------------------------
 
     async def _keep_registered(self) -> None:
-        """Register once the store is open, and again while no lease arrives."""
+        """Register once the store is open, and again if no lease arrives for long."""
+        registered = False
         while True:
             if self.node.state is not ServiceState.SERVING or self.node.has_lease:
                 await self._clock.sleep(WATCH_S)
-            elif await self._register_once():
+                continue
+            if registered:
                 await self._wait_for_lease()
-            else:
+                if self.node.has_lease:
+                    continue
+            registered = await self._register_once()
+            if not registered:
                 await self._clock.sleep(REGISTER_RETRY_S)
 
     async def _register_once(self) -> bool:
@@ -264,6 +273,12 @@ class NodeHost:
                 groups = self.node.commits.groups
                 if await self.node.tidy(EXTENT_FILE_BYTES) == 0 or not idle:
                     tidied_at = groups
+
+
+def _close_opened(opening: asyncio.Future[tuple[Identity, RocksStore]]) -> None:
+    """A store that was opened for a host that stops meanwhile."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[1].close()
 
 
 def file_system_bytes(directory: Path) -> int:

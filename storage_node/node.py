@@ -167,12 +167,12 @@ class StorageNode:
         if store is not None:
             await self._run_slow(store.close)
 
-    async def _use(self, run: Run, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def _use(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run blocking `work` of the store; it is not closed meanwhile."""
         self._users += 1
         self._unused.clear()
         try:
-            return await run(work, *arguments)
+            return await self._run(work, *arguments)
         finally:
             self._used()
 
@@ -280,7 +280,7 @@ class StorageNode:
             self._held_store().put_state(values)
 
     async def _load_epoch(self, volume: VolumeId) -> int:
-        written = await self._use(self._run, self._held_store().get_state, _epoch_name(volume))
+        written = await self._use(self._held_store().get_state, _epoch_name(volume))
         if len(self._epochs) >= _EPOCHS_CACHED_MAX:
             self._epochs.clear()
         epoch = 0 if written is None else int.from_bytes(written, "big")
@@ -321,7 +321,7 @@ class StorageNode:
         Raises `NodeRefuses` while no store is open.
         """
         store = self._readable_store()
-        found: list[StoredRecord] = await self._use(self._run, store.get_many, keys)
+        found: list[StoredRecord] = await self._use(store.get_many, keys)
         self._counters["gets"] += len(keys)
         self._counters["get_bytes"] += sum(
             len(answer.record) for answer in found if answer.record is not None
@@ -341,7 +341,7 @@ class StorageNode:
         if self._state is not ServiceState.SERVING:
             return 0
         try:
-            rewritten: int = await self._use(self._run_slow, self._held_store().tidy, budget_bytes)
+            rewritten: int = await self._use_slowly(self._held_store().tidy, budget_bytes)
         except (DirectoryCorrupt, NodeFull, NodeRefuses) as error:
             self._fail(error)
             return 0

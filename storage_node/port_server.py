@@ -54,6 +54,9 @@ from storage_node.port_frames import FrameProtocol, decode
 HANDSHAKE_SECONDS: Final = 5.0
 """An unauthenticated connection is closed after this."""
 
+CLOSE_SECONDS: Final = 10.0
+"""How long a closing port waits for requests in work."""
+
 STRANGERS_MAX: Final = 64
 """Unauthenticated connections at a time; one more is closed at once."""
 
@@ -93,11 +96,15 @@ class DataPort:
         return f"{host}:{port}"
 
     async def close(self) -> None:
-        """Stop listening and drop every connection; requests in work are not answered."""
+        """Stop listening and drop every connection; returns when the requests in work, which
+        are not answered any more, have let go of the node."""
         if self.server is not None:
             self.server.close()
+        working = [task for connection in self.connections for task in connection.requests]
         for connection in list(self.connections):
             connection.shut()
+        if working:
+            await asyncio.wait(working, timeout=CLOSE_SECONDS)
         if self.server is not None:
             await self.server.wait_closed()
 
@@ -143,7 +150,7 @@ class _Connection(FrameProtocol):
         self._trusted = False
         self._stranger = False
         self._deadline: asyncio.TimerHandle | None = None
-        self._requests: set[asyncio.Task[None]] = set()
+        self.requests: set[asyncio.Task[None]] = set()
         self._receiving = 0  # body bytes announced but not yet handed to a request
         self._paused = False
 
@@ -172,8 +179,7 @@ class _Connection(FrameProtocol):
     def shut(self) -> None:
         """Drop the connection because the port closes."""
         self.closed = True
-        for task in self._requests:
-            task.cancel()
+        self.writable.set()
         if self.transport is not None:
             self.transport.abort()
 
@@ -221,7 +227,7 @@ class _Connection(FrameProtocol):
         """Read from the socket, or do not."""
         if self.closed or self.transport is None:
             return
-        full = len(self._requests) >= NODE_INFLIGHT_REQUESTS_MAX
+        full = len(self.requests) >= NODE_INFLIGHT_REQUESTS_MAX
         pause = full or self._is_held() or not self.writable.is_set()
         if pause and not self._paused:
             self._paused = True
@@ -246,8 +252,8 @@ class _Connection(FrameProtocol):
             self._greet(header, meta)
             return
         task = asyncio.create_task(self._answer(header, meta, body, size))
-        self._requests.add(task)
-        if len(self._requests) >= NODE_INFLIGHT_REQUESTS_MAX:
+        self.requests.add(task)
+        if len(self.requests) >= NODE_INFLIGHT_REQUESTS_MAX:
             self._regulate()
 
     def _greet(self, header: FrameHeader, meta: bytearray) -> None:
@@ -310,7 +316,7 @@ class _Connection(FrameProtocol):
                 self._port.release(size)
             task = asyncio.current_task()
             if task is not None:
-                self._requests.discard(task)
+                self.requests.discard(task)
             if self._paused:
                 self._regulate()
 
