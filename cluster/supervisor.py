@@ -96,6 +96,7 @@ class Supervisor:
                 capacity_bytes=self._settings.node_capacity_bytes,
                 namespace=NAMESPACE,
                 registrar=PLACEMENT_NAME,
+                log_file=str(self._settings.data / "logs" / f"{node.node_id}.log"),
             )
             for node in cell.nodes
         ]
