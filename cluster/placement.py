@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from math import ceil, gcd
 from typing import Final
 
 from cluster.topology import CellView, NodeView, VolumeView
@@ -41,6 +42,9 @@ _ROUND_TURNS: Final = 4
 
 _DISTINCT_TRIES: Final = 8
 """Draws for a node set that no open volume has, before a repeated one is accepted."""
+
+_GOLDEN: Final = 0.6180339887
+"""Multiples of it, modulo one, stay as far from each other as they can."""
 
 _SHARE_STEPS: Final = 60
 """Halvings of the search for shares: below the rounding of the integer line."""
@@ -190,7 +194,9 @@ def plan_slots(
     units = tree.share_out(width, spread_cap=tree.spread_cap(width, max(scheme.m, 1)))
     total = width * _UNIT
     padding: Slots = (None,) * (scheme.n - width)
-    round_volumes = max(_ROUND_VOLUMES_MIN, _ROUND_TURNS * len(takers) // width)
+    period = len(takers) // gcd(len(takers), width)  # after which equal nodes are exactly even
+    at_least = max(_ROUND_VOLUMES_MIN, _ROUND_TURNS * len(takers) // width)
+    round_volumes = period * ceil(at_least / period)
     planned: list[Slots] = []
     while len(planned) < count:
         order = tree.random_order(rng)
@@ -198,13 +204,24 @@ def plan_slots(
         ends = list(accumulate(units[index] for index in order))
         in_round = min(round_volumes, count - len(planned))
         first = rng.randrange(_UNIT)
+        stride = _stride(in_round)
         for number in range(in_round):
-            start = (first + number * _UNIT // in_round) % _UNIT
+            place = number * stride % in_round
+            start = (first + place * _UNIT // in_round) % _UNIT
             chosen = [names[bisect_right(ends, tooth)] for tooth in range(start, total, _UNIT)]
             # Turned, so that every node gets data slots and parity slots alike.
             turn = len(planned) % width
             planned.append((*chosen[turn:], *chosen[:turn], *padding))
     return planned
+
+
+def _stride(places: int) -> int:
+    """A step that visits all places of the comb and takes neighbours far apart: next to each other
+    they pick almost the same nodes."""
+    stride = max(1, round(places * _GOLDEN))
+    while gcd(stride, places) != 1:
+        stride += 1
+    return stride
 
 
 class _Tree:
