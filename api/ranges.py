@@ -55,12 +55,11 @@ def parse_range(field: bytes | None, length: int) -> tuple[int, int] | None:
             raise _unsatisfiable(length)
         return length - count, length
     start = int(first)
-    end = int(last) + 1 if last else length
-    if end <= start:
+    if last and int(last) < start:
         return None
     if start >= length:
         raise _unsatisfiable(length)
-    return start, min(end, length)
+    return start, min(int(last) + 1, length) if last else length
 
 
 def _unsatisfiable(length: int) -> RangeNotSatisfiable:

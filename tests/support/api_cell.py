@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 from api_server import Running, serving
-from tmp_store import MemoryStore
 
 from api.app import create_app
 from api.http_listener import Patience
@@ -31,7 +30,6 @@ from metadata.accounts import Accounts
 from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
-from protocol.errors import NodeFull
 from protocol.hashing import hash_block
 from protocol.ids import NodeId
 from protocol.logs import open_log
@@ -41,6 +39,7 @@ from sql.migrations import upgrade
 from storage_node import port_server
 from storage_node.identity import Identity
 from storage_node.interface import NodePort, NodeRegistration
+from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
 from storage_node.port_client import SocketPort
 
@@ -59,26 +58,13 @@ PLACEMENT = PlacementSettings(
 )
 
 
-class DiskStore(MemoryStore):
-    """A memory store whose disk can fill up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_full = False
-
-    def put_group(self, records: Any) -> None:
-        if self.is_full:
-            raise NodeFull("the disk is full (the test says so)")
-        super().put_group(records)
-
-
 @dataclass
 class Cell:
     """The parts of a running cell that tests reach into."""
 
     scheme: Scheme
     directory: Path
-    stores: dict[NodeId, DiskStore] = field(default_factory=dict)
+    disks: dict[NodeId, Disk] = field(default_factory=dict)
     ports: dict[NodeId, Any] = field(default_factory=dict)
     nodes: dict[NodeId, StorageNode] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
@@ -105,7 +91,7 @@ class Cell:
 
     def fragments(self) -> int:
         """Fragments on all disks."""
-        return sum(len(store.d) for store in self.stores.values())
+        return sum(len(disk.entries) for disk in self.disks.values())
 
 
 def block_of(seed: int, size: int) -> tuple[str, bytes]:
@@ -160,7 +146,7 @@ def _prepare(cell: Cell, nodes: int) -> None:
     thread.start()
     thread.join()
     metadata_db.close()
-    cell.stores = {name: DiskStore() for name in names}
+    cell.disks = {name: Disk() for name in names}
 
 
 class _Hold:
@@ -206,8 +192,9 @@ class _Hold:
         async def run(function: Callable[..., Any], *arguments: Any) -> Any:
             return await loop.run_in_executor(executor, function, *arguments)
 
-        for name, store in cell.stores.items():
-            node = StorageNode(Identity(CLUSTER_ID, name, f"store-{name}"), store, clock, run)
+        for name, disk in cell.disks.items():
+            identity = Identity(CLUSTER_ID, name, f"store-{name}")
+            node = StorageNode(identity, MemoryStore(disk), clock, run)
             port = await port_server.serve(node, "127.0.0.1", 0, SECRET, entropy=os.urandom)
             cell.nodes[name], cell.ports[name] = node, port
             self._stack.push_async_callback(node.close)
@@ -226,7 +213,9 @@ class _Hold:
         await self._starting
         assert self._cell.services is not None
         async with asyncio.timeout(20):
-            while not (await self._cell.services.readiness()).details["whole"]:
+            whole = False
+            while not whole:
+                whole = (await self._cell.services.readiness()).details["whole"]
                 await asyncio.sleep(0.02)
 
     async def close(self) -> None:
