@@ -3,9 +3,8 @@
 First step of every walk through the metadata (commit, list, entry, delete).  Called by
 `metadata.tree` and by the API for early answers.  Pure: imports nothing but `protocol`.
 
-A path is segments between slashes; a leading slash is optional, "" and "/" are the root.  Names are
-kept exactly as sent.  Two names are the same name if their keys are equal (`name_key`), so a folder
-holds one of `Résumé.TXT` and `résumé.txt`, whichever normal form each was typed in.
+A path is segments between slashes; a leading slash is optional, "" and "/" are the root.  Names
+are kept exactly as sent; which of them are one name is for `protocol.names` to say.
 """
 
 from __future__ import annotations

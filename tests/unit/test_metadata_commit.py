@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -250,37 +251,45 @@ async def test_mtime_and_mode_follow_only_a_current_parent(
     assert await store.tree.entry(account, "/f") == touched.entry
 
 
-async def test_inline_and_one_block_of_the_same_bytes_are_the_same_content(
+async def test_inline_bytes_stay_inline_when_their_block_is_committed(
     store: MetadataStore, account: Account
 ) -> None:
     content = b"few bytes"
-    listed = CommitRequest(
-        path="/f", size=9, mtime=1.0, block_list=(hash_block(content),), executable=True
-    )
+    blocks = (hash_block(content),)
     old = await store.tree.commit(account, inline("/f", content), frozenset())
+    listed = CommitRequest(path="/f", size=9, mtime=1.0, block_list=blocks, executable=True)
     same = await store.tree.commit(account, listed, frozenset())
     assert same == CommitResult(old.entry, created=False)
-    touch = CommitRequest(
-        path="/f",
-        size=9,
-        mtime=1.0,
-        block_list=listed.block_list,
-        executable=True,
-        parent_rev=old.entry.rev,
-    )
+    touch = replace(listed, parent_rev=old.entry.rev)
     touched = await store.tree.commit(account, touch, frozenset())
     assert (touched.created, touched.entry.executable) == (False, True)
-    assert touched.entry.content == content
-    in_block = CommitRequest(path="/g", size=9, mtime=1.0, block_list=listed.block_list)
-    await store.tree.commit(account, in_block, frozenset(listed.block_list or ()))
-    current = await store.tree.entry(account, "/g")
-    touch = inline("/g", content, mtime=3.0, parent_rev=current.rev)
-    touched = await store.tree.commit(account, touch, frozenset())
-    assert (touched.created, touched.entry.mtime) == (False, 3.0)
-    assert touched.entry.block_list == listed.block_list
+    assert (touched.entry.content, touched.entry.block_list) == (content, None)
+    assert await store.tree.references(account, blocks) == set()
     for other in (inline("/f", b"few bytez"), inline("/f", b"fewer bytes")):
         with pytest.raises(RevConflict):
             await store.tree.commit(account, other, frozenset())
+
+
+async def test_a_block_stays_a_block_when_its_bytes_are_committed_inline(
+    store: MetadataStore, account: Account
+) -> None:
+    content = b"few bytes"
+    blocks = (hash_block(content),)
+    listed = CommitRequest(path="/f", size=9, mtime=1.0, block_list=blocks)
+    old = await store.tree.commit(account, listed, frozenset(blocks))
+    touch = inline("/f", content, mtime=3.0, parent_rev=old.entry.rev)
+    touched = await store.tree.commit(account, touch, frozenset())
+    assert (touched.created, touched.entry.mtime) == (False, 3.0)
+    assert (touched.entry.content, touched.entry.block_list) == (None, blocks)
+
+
+async def test_a_link_to_elsewhere_is_other_content(store: MetadataStore, account: Account) -> None:
+    link = CommitRequest(path="/l", size=0, mtime=1.0, symlink="here")
+    old = await store.tree.commit(account, link, frozenset())
+    again = await store.tree.commit(account, link, frozenset())
+    assert again == CommitResult(old.entry, created=False)
+    with pytest.raises(RevConflict):
+        await store.tree.commit(account, replace(link, symlink="else"), frozenset())
 
 
 async def test_the_same_blocks_in_another_order_or_size_are_other_content(

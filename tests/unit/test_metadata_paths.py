@@ -7,9 +7,10 @@ import unicodedata
 
 import pytest
 
-from metadata.paths import join_path, keys_of, name_key, parse_path
+from metadata.paths import join_path, keys_of, parse_path
 from protocol.errors import InvalidPath
 from protocol.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, PATH_DEPTH_MAX
+from protocol.names import name_key
 
 
 @pytest.mark.parametrize("text", ["", "/"])
