@@ -51,7 +51,7 @@ def ls(options: ServerOptions, remote: str, recursive: bool, as_json: bool) -> E
             root = entry.path + "/"
         else:
             root = "/"
-        listing = client.iter_folder(root, recursive=recursive)
+        listing = client.iter_folder(root.rstrip("/"), recursive=recursive)
         if as_json:
             first = True
             print("[", end="")
