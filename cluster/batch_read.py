@@ -188,7 +188,7 @@ async def _open_complete(
         try:
             plain = open_healthy(tools, wanted.row, wanted.volume, wanted.fragments)
         except CorruptFragment:
-            wanted.fragments.clear()
+            # Its fragments go along: `get_path` finds out which of them lies.
             incomplete.append(wanted)
             continue
         result.plain[wanted.row.hash] = plain

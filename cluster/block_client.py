@@ -63,6 +63,7 @@ class BlockClient:
         self._settings = settings
         self._large = settings.scheme
         self._small = settings.scheme.small_twin()
+        self._schemes = tuple(dict.fromkeys((self._small, self._large)))  # replicas: one and same
         self._rows = BlockRows(index, settings.rows_cached_max)
         self._map = volume_map
         self._tools = ReadTools(pool, codec, keyring, clock, rng, run, settings)
@@ -162,7 +163,7 @@ class BlockClient:
         outcomes: dict[BlockHash, PutResult | HaversackError] = {}
         try:
             async with self._put_budget.hold(sum(map(self._put_cost, items))):
-                for scheme in (self._small, self._large):
+                for scheme in self._schemes:
                     mine = [item for item in items if self._scheme_of(item) == scheme]
                     for group in self._groups(mine):
                         outcomes.update(await self._put_path.store(owner, scheme, group))

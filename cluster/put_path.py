@@ -159,6 +159,8 @@ class PutPath:
         """Write all pending blocks to one volume and record those that may be acknowledged."""
         stripes = await self._encode(group, choice.volume)
         answers = await self._send(group, choice, stripes)
+        if answers.failed:
+            await self._forgive_earlier_lives(group, choice, answers)
         accepted: list[PendingBlock] = []
         entries: list[NewBlock] = []
         for number, item in enumerate(group.pending):
@@ -266,6 +268,18 @@ class PutPath:
                 group.map_is_stale = True
             else:
                 group.avoid[receipt.node_id] = why
+
+    async def _forgive_earlier_lives(
+        self, group: _Group, choice: Choice, answers: _Answers
+    ) -> None:
+        """A slot failed: if the newest map names another life of its node, the node is fine."""
+        await self._map.refresh()
+        for receipt in choice.receipts:
+            if receipt.slot not in answers.failed:
+                continue
+            if self._map.node(receipt.node_id).incarnation != receipt.incarnation:
+                answers.passing.add(receipt.slot)
+                group.avoid.pop(receipt.node_id, None)
 
     def _entry(
         self,

@@ -13,19 +13,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete, select, update
 
 from chaos.sim.clock import VirtualClock
 from chaos.sim.loop import SimLoop
 from cluster import map_rows
 from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings, FragmentProblem
-from cluster.block_index import BlockIndex
+from cluster.block_index import BlockIndex, BlockRow
 from cluster.cell import NodeSpec, create_cell, prepare_schema
 from cluster.node_pool import NodePool
+from cluster.schema import blocks, debts, nodes, volume_slots, volumes
 from cluster.topology import NodeState, NodeView
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
+from erasure.fragment import parse_expected
 from erasure.keyring import Keyring
 from erasure.scheme import Scheme
 from protocol.clock import Clock
@@ -46,6 +48,11 @@ LEASE_S = 1e6
 OWNER = 7
 
 
+def data_of(seed: int, size: int = 200_000) -> bytes:
+    """Bytes that do not compress; large enough by default for the cell's own scheme."""
+    return random.Random(seed).randbytes(size)
+
+
 async def run_inline(function: Callable[..., T], *args: Any) -> T:
     """The `run` of tests: no threads."""
     return function(*args)
@@ -55,7 +62,7 @@ async def run_inline(function: Callable[..., T], *args: Any) -> T:
 class Faults:
     """What is wrong with one node, as a client meets it."""
 
-    refuses: HaversackError | None = None
+    refuses: Exception | None = None
     """Raised at once by every call, as by a process that is gone."""
     put_refuses: HaversackError | None = None
     is_stopped: bool = False
@@ -63,6 +70,8 @@ class Faults:
     loses_replies: bool = False
     """Puts are done and not answered."""
     delay_s: Callable[[], float] = field(default=lambda: 0.0)
+    answers_as: int | None = None
+    """Incarnation that puts claim to have been stored by."""
     put_statuses: dict[BlockHash, ItemStatus] = field(default_factory=dict)
     get_status: ItemStatus | None = None
     tamper: Callable[[bytes], bytes] | None = None
@@ -72,18 +81,22 @@ class Faults:
 class FaultyPort:
     """A port whose faults are looked up at each call."""
 
-    def __init__(self, inner: NodePort, faults: Faults, clock: Clock, calls: list[str]) -> None:
-        self._inner = inner
-        self._faults = faults
-        self._clock = clock
-        self._calls = calls
+    def __init__(self, cell: BlockCell, node: StorageNode) -> None:
+        self._cell = cell
+        self._node = node
+        self._inner = LocalPort(node)
+        self._faults = cell.faults[node.node_id]
+        self._clock = cell.clock
 
     @property
     def node_id(self) -> NodeId:
         return self._inner.node_id
 
     async def _arrive(self, what: str, deadline_s: float, late: type[HaversackError]) -> None:
-        self._calls.append(f"{what} {self.node_id}")
+        self._cell.calls.append(f"{what} {self.node_id}")
+        self._cell.call_times.append(self._clock.monotonic())
+        if self._cell.nodes[self.node_id] is not self._node:
+            raise NodeUnavailable(f"{self.node_id}: that process is gone")
         if self._faults.refuses is not None:
             raise self._faults.refuses
         delay_s = self._faults.delay_s()
@@ -102,6 +115,8 @@ class FaultyPort:
         outcome = await self._inner.put(incarnation, records, deadline_s)
         if self._faults.loses_replies:
             raise UnknownOutcome(f"{self.node_id}: the connection was lost")
+        if self._faults.answers_as is not None:
+            return PutOutcome(self._faults.answers_as, outcome.statuses)
         if self._faults.put_statuses:
             statuses = [
                 self._faults.put_statuses.get(BlockHash(bytes(record[0][40:72])), status)
@@ -174,6 +189,9 @@ class BlockCell:
         self.nodes: dict[NodeId, StorageNode] = {}
         self.faults = {node_id: Faults() for node_id in self.node_ids}
         self.calls: list[str] = []
+        """What reached a node, as "get node-01"."""
+        self.call_times: list[float] = []
+        self.volumes_opened: list[VolumeId] = []
         self.problems: list[FragmentProblem] = []
         self.keyring = keyring
         self.settings = BlockClientSettings(scheme=scheme, **settings)
@@ -199,8 +217,7 @@ class BlockCell:
         return pool, client
 
     def _connect(self, view: NodeView) -> NodePort:
-        inner = LocalPort(self.nodes[view.node_id])
-        return FaultyPort(inner, self.faults[view.node_id], self.clock, self.calls)
+        return FaultyPort(self, self.nodes[view.node_id])
 
     # -- what the placement service would do -----------------------------------------------------
 
@@ -217,21 +234,26 @@ class BlockCell:
 
         def work(connection: Connection) -> int:
             version = map_rows.next_version(connection)
-            incarnation = map_rows.begin_incarnation(
-                connection, node_id, f"host:{version}", 1, f"/{node_id}", 1 << 40, version
+            connection.execute(
+                update(nodes)
+                .where(nodes.c.node_id == str(node_id))
+                .values(
+                    incarnation=nodes.c.incarnation + 1,
+                    endpoint=f"host:{version}",
+                    state=NodeState.UP.value,
+                    changed=version,
+                )
             )
-            map_rows.set_node_state(connection, node_id, NodeState.UP, 0.0, "", version)
-            return incarnation
+            view = map_rows.read_node(connection, node_id)
+            assert view is not None
+            return view.incarnation
 
         incarnation = self.db.transact(work)
-        await self._replace_node(node_id)
+        self._replace_node(node_id)
         await self.nodes[node_id].lease(incarnation, LEASE_S)
 
-    async def _replace_node(self, node_id: NodeId) -> None:
-        """A process in front of the same disk."""
-        old = self.nodes.get(node_id)
-        if old is not None:
-            old.detach()
+    def _replace_node(self, node_id: NodeId) -> None:
+        """Another process in front of the same disk; the old one is gone from the network."""
         identity = Identity("cell-of-tests", node_id, f"store-{node_id}")
         self.nodes[node_id] = StorageNode(identity, self.stores[node_id], self.clock, run_inline)
 
@@ -244,13 +266,18 @@ class BlockCell:
         )
 
     def open_volume(self, scheme: Scheme, slots: Sequence[NodeId | None] | None = None) -> VolumeId:
-        """Open a volume on these nodes, or on a random choice."""
-        chosen = tuple(slots or self.rng.sample(self.node_ids, scheme.n))
-        return self.db.transact(
+        """Open a volume on these nodes, or on a random choice (short of nodes, with vacancies)."""
+        if slots is None:
+            picked = self.rng.sample(self.node_ids, min(scheme.n, len(self.node_ids)))
+            slots = [*picked, *([None] * (scheme.n - len(picked)))]
+        planned = [(scheme, tuple(slots))]
+        (volume_id,) = self.db.transact(
             lambda connection: map_rows.insert_volumes(
-                connection, [(scheme, chosen)], 0.0, map_rows.next_version(connection)
+                connection, planned, 0.0, map_rows.next_version(connection)
             )
-        )[0]
+        )
+        self.volumes_opened.append(volume_id)
+        return volume_id
 
     def seal_volume(self, volume_id: VolumeId) -> None:
         """No more puts."""
@@ -259,6 +286,96 @@ class BlockCell:
                 connection, volume_id, map_rows.next_version(connection)
             )
         )
+
+    def raise_epoch(self, volume_id: VolumeId) -> None:
+        """A change of the volume's slots, as far as clients and nodes can tell."""
+
+        def work(connection: Connection) -> None:
+            connection.execute(
+                update(volumes)
+                .where(volumes.c.volume_id == int(volume_id))
+                .values(epoch=volumes.c.epoch + 1, changed=map_rows.next_version(connection))
+            )
+
+        self.db.transact(work)
+
+    async def move_slots(self, block: BlockHash, moves: dict[int, NodeId]) -> None:
+        """What a repair does to a volume of one block: copy fragments, then change the map."""
+        volume_id = (await self.index.lookup([block]))[block].volume
+        await self.map.refresh()
+        old = await self.map.volume(volume_id)
+        for slot, target in moves.items():
+            key = FragmentKey(volume_id, block, slot)
+            source = old.slots[slot]
+            assert source is not None
+            (answer,) = self.stores[source].get_many([key])
+            assert answer.record is not None
+            self.stores[target].put_group([(key, answer.record)])
+            self.stores[source].delete_group([key])
+
+        def work(connection: Connection) -> None:
+            for slot, target in moves.items():
+                connection.execute(
+                    update(volume_slots)
+                    .where(volume_slots.c.volume_id == int(volume_id), volume_slots.c.slot == slot)
+                    .values(node_id=str(target))
+                )
+
+        self.db.transact(work)
+        self.raise_epoch(volume_id)
+
+    def remove_block(self, block: BlockHash) -> None:
+        """What the collector does in the end: no fragment, no row."""
+        for store in self.stores.values():
+            keys = [key for key, _ in store.inventory(None, 10_000)[0] if key.block == block]
+            store.delete_group(keys)
+        self.db.transact(
+            lambda connection: connection.execute(
+                delete(blocks).where(blocks.c.hash == bytes(block))
+            )
+        )
+
+    def all_rows(self) -> list[BlockRow]:
+        """The whole block index."""
+
+        def work(connection: Connection) -> list[BlockRow]:
+            query = select(
+                blocks.c.hash, blocks.c.volume_id, blocks.c.stored_bytes, blocks.c.plain_bytes
+            ).order_by(blocks.c.hash)
+            return [
+                BlockRow(BlockHash(name), VolumeId(volume), stored, plain)
+                for name, volume, stored, plain in connection.execute(query)
+            ]
+
+        return self.db.read_now(work)
+
+    def all_debts(self) -> set[tuple[VolumeId, int, BlockHash]]:
+        """The whole table of debts."""
+
+        def work(connection: Connection) -> set[tuple[VolumeId, int, BlockHash]]:
+            query = select(debts.c.volume_id, debts.c.slot, debts.c.hash)
+            return {
+                (VolumeId(volume), slot, BlockHash(name))
+                for volume, slot, name in connection.execute(query)
+            }
+
+        return self.db.read_now(work)
+
+    def exchange(self, node_id: NodeId, one: FragmentKey, other: FragmentKey) -> None:
+        """Two records of one disk, or of two, change places under their keys."""
+        store = self.stores[node_id]
+        first, second = store.get_many([one, other])
+        assert first.record is not None
+        assert second.record is not None
+        store.put_group([(one, second.record), (other, first.record)])
+
+    def holds(self, node_id: NodeId, volume: VolumeId, block: BlockHash, slot: int) -> bool:
+        """Whether a node's disk has a good fragment."""
+        (answer,) = self.stores[node_id].get_many([FragmentKey(volume, block, slot)])
+        if answer.record is None:
+            return False
+        parse_expected(answer.record, volume, block, slot)
+        return True
 
     # -- faults ----------------------------------------------------------------------------------
 

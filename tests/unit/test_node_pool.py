@@ -40,6 +40,7 @@ from protocol.ids import BlockHash, NodeId, VolumeId
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus, SummaryReply
 from storage_node.interface import FragmentKey, NodePort, PutOutcome, StoredRecord
+from storage_node.service_state import ServiceState
 
 A, B = NodeId.numbered(1), NodeId.numbered(2)
 KEY = FragmentKey(VolumeId(1), BlockHash(bytes(32)), 0)
@@ -98,6 +99,9 @@ class ScriptedPort:
         self.error: HaversackError | None = None
         self.put_error: HaversackError | None = None
         self.delay_s = 0.0
+        self.state = ServiceState.SERVING
+        self.lease = True
+        self.free_bytes = 1 << 40
         self.summaries: list[float] = []
         self.closed = False
 
@@ -116,7 +120,8 @@ class ScriptedPort:
     async def summary(self, deadline_s: float) -> SummaryReply:
         self.summaries.append(self.clock.monotonic())
         await self._answer()
-        return SummaryReply("serving", "", 1, 0, 0, 0, 1 << 40, 1, {})
+        counters = {"lease": self.lease}
+        return SummaryReply(self.state, "", 1, 0, 0, 0, self.free_bytes, 1, counters)
 
     async def _answer(self) -> None:
         if self.delay_s:
@@ -284,6 +289,52 @@ def test_a_new_incarnation_is_trusted_at_once_over_a_new_connection() -> None:
         assert world.port(A).view.endpoint == "here:2"
         await asyncio.sleep(0)
         assert first.closed
+
+    simulate(main)
+
+
+def test_a_new_life_starts_with_the_shortest_back_off() -> None:
+    async def main(world: World) -> None:
+        for _ in range(6):
+            world.port(A).put_error = NodeFull("full")
+            await world.fails(world.write(A))
+            while world.pool.is_suspected(A, Direction.WRITE):
+                await world.clock.sleep(0.01)
+        await world.fails(world.write(A))
+        world.map.views[A] = view(A, incarnation=2)
+        assert not world.pool.is_suspected(A, Direction.WRITE)
+        world.port(A).put_error = NodeFull("full")
+        await world.fails(world.write(A))
+        await world.clock.sleep(1.5 * BACKOFF_FIRST_S + 0.01)
+        assert not world.pool.is_suspected(A, Direction.WRITE)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(
+    ("condition", "reads", "writes"),
+    [
+        ({"state": ServiceState.OPENING}, False, False),
+        ({"state": ServiceState.REFUSING}, False, False),
+        ({"state": ServiceState.FAILED}, True, False),
+        ({"lease": False}, True, False),
+        ({"free_bytes": 0}, True, False),
+        ({}, True, True),
+    ],
+)
+def test_a_probe_asks_whether_the_node_would_serve(
+    condition: dict[str, Any], reads: bool, writes: bool
+) -> None:
+    async def main(world: World) -> None:
+        port = world.port(A)
+        port.error = UNREACHABLE
+        await world.fails(world.read(A))
+        port.error = None
+        for name, value in condition.items():
+            setattr(port, name, value)
+        await world.clock.sleep(60)
+        assert world.pool.is_trusted(A, Direction.READ) == reads
+        assert world.pool.is_trusted(A, Direction.WRITE) == writes
 
     simulate(main)
 
