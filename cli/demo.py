@@ -141,7 +141,7 @@ def _transferred(name: str, report: dict[str, Any]) -> _Step:
             f"{figures.number(report['blocks_new'])} blocks new, "
             f"{figures.number(report['blocks_deduplicated'])} deduplicated, "
         )
-    detail += f"{figures.size(report['bytes_moved'])} moved"
+    detail += f"{figures.size(report['bytes_moved'])} moved; {report['cpu_seconds']:.1f} s of CPU"
     return _Step(name, report["seconds"], report["bytes_done"], detail)
 
 

@@ -6,6 +6,7 @@ Called by `cli.main`; the work is `client.transfer`'s.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,7 @@ def _as_json(report: TransferReport) -> dict[str, Any]:
     return {
         **asdict(report.counters),
         "seconds": report.seconds,
+        "cpu_seconds": time.process_time(),
         "failures": [
             {
                 "path": printable(item.path),
