@@ -177,10 +177,15 @@ class NodeHost:
                     pass
             if await self._open():
                 pause = OPEN_RETRY_S
-                asyncio.get_running_loop().call_later(UPKEEP_S, release_free_memory)
+                asyncio.get_running_loop().call_later(UPKEEP_S, self._give_memory_back)
             else:
                 await self._clock.sleep(pause)
                 pause = min(2 * pause, OPEN_RETRY_S_MAX)
+
+    def _give_memory_back(self) -> None:
+        """What opening left behind.  It concerns the whole process, which a simulated node shares
+        with all others."""
+        release_free_memory()
 
     async def _open(self) -> bool:
         opening = asyncio.ensure_future(self._in_thread(self._open_directory))
@@ -229,10 +234,8 @@ class NodeHost:
             if self.node.state is not ServiceState.SERVING or self.node.has_lease:
                 await self._clock.sleep(WATCH_S)
                 continue
-            if registered:
-                await self._wait_for_lease()
-                if self.node.has_lease:
-                    continue
+            if registered and await self._lease_arrives():
+                continue
             registered = await self._register_once()
             if not registered:
                 await self._clock.sleep(REGISTER_RETRY_S)
@@ -255,10 +258,11 @@ class NodeHost:
             return False
         return True
 
-    async def _wait_for_lease(self) -> None:
+    async def _lease_arrives(self) -> bool:
         until = self._clock.monotonic() + LEASE_WAIT_S
         while not self.node.has_lease and self._clock.monotonic() < until:
             await self._clock.sleep(WATCH_S)
+        return self.node.has_lease
 
     # -- upkeep ----------------------------------------------------------------------------
 
