@@ -91,7 +91,6 @@ class SimCell:
         self._directory = directory
         self._codec = codec
         self._parts = parts
-        self._identities: dict[NodeId, Identity] = {}
         self._recovering: dict[str, list[int]] = {}
 
     def _rng(self, purpose: str) -> random.Random:
@@ -127,7 +126,6 @@ class SimCell:
         directory = self._node_directory(node_id)
         expected = Identity(CLUSTER_ID, node_id, f"store-{number}")
         identity.initialise(directory, expected)
-        self._identities[node_id] = expected
         self.disks[node_id] = SimDisk(node_id, self._parts.make_store, self._rng(f"disk-{node_id}"))
         self._add_host(str(node_id), self._start_node)
         host = f"host-{number % self.options.hosts}"
@@ -274,18 +272,22 @@ class SimCell:
 
     def _start_node(self, host: Host, life: Life) -> None:
         node_id = NodeId(host.name)
+        endpoint = f"{host.name}:{7000 + life.number}"
         node = SimNode(
-            self._identities[node_id],
+            CLUSTER_ID,
+            node_id,
             self._node_directory(node_id),
             self.disks[node_id],
             life.process,
+            Registrar(self, life.process).register,
             host.clock,
+            host.rng("node"),
             life.number,
+            endpoint,
             self._parts.node,
         )
-        endpoint = f"{host.name}:{7000 + life.number}"
         self.network.listen(endpoint, life.process, node)
-        self._guard(host, life, node.main(endpoint, Registrar(self, life.process).register))
+        self._guard(host, life, node.main())
 
     def _start_placement(self, host: Host, life: Life) -> None:
         service = PlacementService(

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import math
 import random
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from chaos.sim.process import current_process, process_of
+from chaos.sim.process import CURRENT, current_process, process_of
 
 T = TypeVar("T")
 
@@ -102,15 +103,15 @@ class SimLoop(asyncio.BaseEventLoop):
         *,
         shuffle: random.Random | None = None,
         start: float = 1_000.0,
-        steps_max: int | None = None,
-        seconds_max: float | None = None,
+        steps_max: float = math.inf,
+        seconds_max: float = math.inf,
         inline_executor: bool = False,
     ) -> None:
         super().__init__()
         self._now = start
         self._shuffle = shuffle
         self._steps_max = steps_max
-        self._time_max = None if seconds_max is None else start + seconds_max
+        self._time_max = start + seconds_max
         self._inline_executor = inline_executor
         self._queue: list[asyncio.Handle] = []
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
@@ -185,24 +186,21 @@ class SimLoop(asyncio.BaseEventLoop):
         for handle in batch:
             if handle._cancelled:
                 continue
-            process = process_of(handle._context)  # type: ignore[attr-defined]
-            if process is not None and not process.unhindered and not process.admit(handle):
+            process = handle._context.get(CURRENT)  # type: ignore[attr-defined]
+            if process is not None and process.hindered and not process.admit(handle):
                 continue
             self.steps += 1
             handle._run()
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
-        self._count(len(batch))
-
-    def _count(self, ran: int) -> None:
-        self._steps_at_instant += ran
+        self._steps_at_instant += len(batch)
         if self._steps_at_instant > STEPS_AT_ONE_INSTANT_MAX:
             raise Livelock(
                 f"{self._steps_at_instant} callbacks at {self._now:.6f} s without progress: "
                 + self.describe_waiting()
             )
-        if self._steps_max is not None and self.steps > self._steps_max:
+        if self.steps > self._steps_max:
             raise LimitReached(f"more than {self._steps_max} steps, at {self._now:.3f} s")
 
     def _advance(self) -> None:
@@ -217,7 +215,7 @@ class SimLoop(asyncio.BaseEventLoop):
         if when > self._now:
             self._now = when
             self._steps_at_instant = 0
-        if self._time_max is not None and self._now > self._time_max:
+        if self._now > self._time_max:
             raise LimitReached(f"more virtual time than {self._time_max:.3f} s")
         while timers and timers[0][0] <= self._now:
             timer = heapq.heappop(timers)[2]

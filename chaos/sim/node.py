@@ -1,109 +1,112 @@
-"""A storage-node process of a simulated cell: the real `StorageNode` on a simulated disk.
+"""A storage-node process of a simulated cell: the real host and node on a simulated disk.
 
-Does what `storage_node/actor.py` does at a start: look at the directory's identity, wait for the
-disk, open the store, listen on a fresh port, register until there is a lease; after a failed write
-close the store and open it again.  Its public methods are what `chaos/sim/port.py` calls through
-the network.
+`NodeHost` opens the directory, registers, reopens after a failed write and tidies, as in a real
+process; here it has no socket, no thread and no RocksDB.  The public methods are what
+`chaos/sim/port.py` calls through the network.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from chaos.sim.disk import SimDisk
 from chaos.sim.process import SimProcess
 from protocol.clock import Clock
-from protocol.errors import (
-    DirectoryCorrupt,
-    DirectoryForeign,
-    DirectoryInUse,
-    HandshakeRefused,
-    HaversackError,
-)
+from protocol.errors import DirectoryForeign, HandshakeRefused
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
 from storage_node import identity
+from storage_node.host import NodeConfig, NodeHost, Register
 from storage_node.identity import Identity
-from storage_node.interface import FragmentKey, NodeRegistration, PutOutcome, StoredRecord
+from storage_node.interface import FragmentKey, FragmentStore, PutOutcome, StoredRecord
 from storage_node.node import StorageNode
-from storage_node.service_state import ServiceState
+from storage_node.port_server import DataPort
+from storage_node.rocks_store import RocksStore
 
-OPEN_RETRY_S = 1.0
-"""Between two looks at a directory that is in use or not our own."""
-
-REGISTER_RETRY_S = 1.0
-"""Between two registrations while there is no lease."""
-
-Register = Callable[[NodeRegistration], Awaitable[None]]
+CAPACITY_BYTES = 1 << 40
 
 
-class SimNode:
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """All that a host asks of its data port."""
+
+    endpoint: str
+
+
+class SimNode(NodeHost):
     """One life of a storage-node process."""
 
     def __init__(
         self,
-        expected: Identity,
+        cluster_id: str,
+        node_id: NodeId,
         directory: Path,
         disk: SimDisk,
         process: SimProcess,
+        register: Register,
         clock: Clock,
+        rng: random.Random,
         life: int,
-        node_class: type[StorageNode] = StorageNode,
+        endpoint: str,
+        node_class: type[StorageNode],
     ) -> None:
+        config = NodeConfig(
+            node_id=node_id,
+            directory=str(directory),
+            cluster_id=cluster_id,
+            secret_file="",
+            bind_host="",
+            capacity_bytes=CAPACITY_BYTES,
+            namespace="",
+            registrar="",
+        )
+        super().__init__(config, register, clock, rng.randbytes)
         self.life = life
         self.clock = clock
-        self.node = node_class(expected, None, clock, disk.run, pid=life)
-        self._expected = expected
-        self._directory = directory
+        self.port = cast(DataPort, _Address(endpoint))
+        self.node = node_class(
+            Identity(cluster_id, node_id, "unknown"),
+            None,
+            clock,
+            disk.run,
+            run_slow=disk.run,
+            pid=life,
+        )
         self._disk = disk
         self._process = process
 
-    async def main(self, endpoint: str, register: Register) -> None:
+    async def main(self) -> None:
         """From start to death."""
-        registration = NodeRegistration(
-            self.node.node_id,
-            self._expected.store_id,
-            endpoint,
-            self.life,
-            str(self._directory),
-            1 << 40,
-        )
-        while True:
-            if self.node.state is ServiceState.FAILED:
-                await self._reopen()
-            elif self.node.state is not ServiceState.SERVING:
-                self._open()
-            if self.node.state is ServiceState.SERVING and not self.node.has_lease:
-                with contextlib.suppress(HaversackError):  # placement is away: ask again
-                    await register(registration)
-            await self.clock.sleep(REGISTER_RETRY_S)
+        async with asyncio.TaskGroup() as tasks:
+            for work in (self._keep_open(), self._keep_registered(), self._keep_tidy()):
+                tasks.create_task(work)
 
-    def _open(self) -> None:
-        try:
-            identity.expect(self._directory, self._expected)
-            store = self._disk.open(self._process)
-        except (DirectoryForeign, DirectoryCorrupt) as error:
-            self.node.refuse(str(error))
-        except DirectoryInUse:
-            pass  # another life still holds it
-        else:
-            self.node.attach(store)
+    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await self._disk.run(work, *arguments)
 
-    async def _reopen(self) -> None:
-        store = self.node.detach()
-        if store is not None:
-            store.close()
-        self._open()
+    def _give_memory_back(self) -> None:
+        """Not ours alone to give."""
+
+    def _open_directory(self) -> tuple[Identity, RocksStore]:
+        """The checks of the real one, with the memory twin behind them."""
+        owner = identity.load(self._directory)
+        if (owner.cluster_id, owner.node_id) != (self.config.cluster_id, self.config.node_id):
+            raise DirectoryForeign(f"{self._directory} belongs to {owner.node_id}")
+        store: FragmentStore = self._disk.open(self._process)
+        return owner, cast(RocksStore, store)
 
     # -- the data port -------------------------------------------------------------------------
 
     async def greet(self, cluster_id: str, node_id: NodeId) -> None:
         """The handshake, without its cryptography."""
-        if (cluster_id, node_id) != (self._expected.cluster_id, self._expected.node_id):
-            raise HandshakeRefused(f"this is {self._expected.node_id}, not {node_id}")
+        if (cluster_id, node_id) != (self.config.cluster_id, self.config.node_id):
+            raise HandshakeRefused(f"this is {self.config.node_id}, not {node_id}")
 
     async def put(self, incarnation: int, records: Sequence[Buffer]) -> PutOutcome:
         """See `StorageNode.put`."""

@@ -37,18 +37,30 @@ class ProcessDied(Exception):
 class SimProcess:
     """One life of one process.  `name` is the role it plays (`node-03`), the same in each life."""
 
-    __slots__ = ("_backlog", "_context", "_fuse", "_loop", "_on_fuse", "_waiting", "name", "state")
+    __slots__ = (
+        "_backlog",
+        "_context",
+        "_fuse",
+        "_loop",
+        "_on_fuse",
+        "_waiting",
+        "hindered",
+        "name",
+        "state",
+    )
 
     def __init__(self, loop: SimLoop, name: str) -> None:
         self.name = name
         self.state = ProcessState.RUNNING
+        self.hindered = False
+        """Whether the loop must ask `admit`."""
         self._loop = loop
         self._backlog: list[asyncio.Handle] = []
         self._waiting: dict[asyncio.Future[Any], None] = {}
         self._fuse: int | None = None
         self._on_fuse: Callable[[], None] | None = None
         self._context = contextvars.copy_context()
-        self._context.run(_current.set, self)
+        self._context.run(CURRENT.set, self)
 
     def __repr__(self) -> str:
         return f"SimProcess({self.name}, {self.state.value})"
@@ -58,10 +70,8 @@ class SimProcess:
         """Not killed; a paused process is alive."""
         return self.state is not ProcessState.DEAD
 
-    @property
-    def unhindered(self) -> bool:
-        """The loop need not ask `admit`."""
-        return self.state is ProcessState.RUNNING and self._fuse is None
+    def _note(self) -> None:
+        self.hindered = self.state is not ProcessState.RUNNING or self._fuse is not None
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Start a task of this process.  A task started in a dead process never takes a step."""
@@ -105,11 +115,13 @@ class SimProcess:
         """SIGSTOP: callbacks that become ready are kept; timers go on, as time does."""
         if self.state is ProcessState.RUNNING:
             self.state = ProcessState.PAUSED
+            self._note()
 
     def resume(self) -> None:
         """SIGCONT: everything that became ready meanwhile runs now, in that order."""
         if self.state is ProcessState.PAUSED:
             self.state = ProcessState.RUNNING
+            self._note()
             self._loop.requeue(self._backlog)
             self._backlog = []
 
@@ -119,6 +131,7 @@ class SimProcess:
             return
         self.state = ProcessState.DEAD
         self._fuse = self._on_fuse = None
+        self._note()
         self._backlog = []
         for answer in self._waiting:
             if not answer.done():
@@ -133,10 +146,12 @@ class SimProcess:
         """
         assert steps >= 0
         self._fuse, self._on_fuse = steps, burnt
+        self._note()
 
     def defuse(self) -> None:
         """Take back `light_fuse`."""
         self._fuse = self._on_fuse = None
+        self._note()
 
     def admit(self, handle: asyncio.Handle) -> bool:
         """Asked by the loop before each callback of this process; False keeps it from running."""
@@ -149,22 +164,24 @@ class SimProcess:
             self._fuse -= 1
             if self._fuse < 0:
                 burnt, self._fuse, self._on_fuse = self._on_fuse, None, None
+                self._note()
                 assert burnt is not None
                 burnt()
                 return self.state is ProcessState.RUNNING
         return True
 
 
-_current: contextvars.ContextVar[SimProcess | None] = contextvars.ContextVar(
+CURRENT: contextvars.ContextVar[SimProcess | None] = contextvars.ContextVar(
     "haversack_sim_process", default=None
 )
+"""The process that a callback belongs to; None for the simulation itself."""
 
 
 def process_of(context: contextvars.Context) -> SimProcess | None:
     """The process that a context belongs to; None for the simulation itself."""
-    return context.get(_current)
+    return context.get(CURRENT)
 
 
 def current_process() -> SimProcess | None:
     """The process that is running now; None for the simulation itself."""
-    return _current.get()
+    return CURRENT.get()

@@ -345,7 +345,14 @@ def _quiet_logs() -> Iterator[None]:
     """Product logs say nothing while thousands of things go wrong on purpose."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    node_log = logging.getLogger("haversack")
+    disabled, node_log.disabled = node_log.disabled, True
+    propagates, node_log.propagate = node_log.propagate, False
+    level = node_log.level
+    node_log.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
         structlog.configure(**before)
+        node_log.disabled, node_log.propagate = disabled, propagates
+        node_log.setLevel(level)
