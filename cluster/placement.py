@@ -125,17 +125,13 @@ def _seal_reason(
 
 
 def plan_volumes(
-    view: CellView,
-    targets: Sequence[StockTarget],
-    rng: random.Random,
-    *,
-    allow_vacant: bool = True,
+    view: CellView, targets: Sequence[StockTarget], rng: random.Random
 ) -> OpenVolumesPlan:
     """Volumes that bring every scheme's stock of open volumes up to its target.
 
-    With fewer nodes than a scheme has slots the volumes get vacant slots, if `allow_vacant`; with
-    fewer than its write minimum there is none.  Node sets differ from each other and from the
-    open volumes' where the number of nodes permits.
+    With fewer nodes than a scheme has slots the volumes get vacant slots; with fewer than its write
+    minimum there is none.  Node sets differ from each other and from the open volumes' where the
+    number of nodes permits.
     """
     takers = sum(1 for node in view.nodes if node.takes_new_volumes)
     openings: list[Opening] = []
@@ -146,7 +142,7 @@ def plan_volumes(
         count = target.open_volumes - len(stock)
         if count <= 0:
             continue
-        if takers < (scheme.write_minimum if allow_vacant else scheme.n):
+        if takers < scheme.write_minimum:
             unmet.append(scheme)
             continue
         taken = {_node_set(volume.slots) for volume in stock}

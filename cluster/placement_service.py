@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -106,7 +106,8 @@ class PlacementService:
         self._wake = asyncio.Event()
         self._watch: NodeWatch | None = None
         self._pass_lock = asyncio.Lock()
-        self._vacant_not_before = float("-inf")
+        self._settled_by = float("-inf")
+        self._opened_settled = False
         self._reviewed_at = float("-inf")
         self._reported_at = float("-inf")
         self._stopped = False
@@ -132,7 +133,7 @@ class PlacementService:
         self._targets = tuple(
             StockTarget(scheme, self._settings.open_volumes) for scheme in cell.schemes
         )
-        self._vacant_not_before = self._clock.monotonic() + self._settings.start_grace_s
+        self._settled_by = self._clock.monotonic() + self._settings.start_grace_s
         self._watch = NodeWatch(self._ports, self._clock, self._settings, self._wake.set)
         self._watch.adopt(nodes)
         log.info("placement leads", epoch=self._epoch, nodes=len(nodes))
@@ -210,6 +211,7 @@ class PlacementService:
         """A pass that may fail: whatever it wanted is still wanted at the next one."""
         now = self._clock.monotonic()
         review = now - self._reviewed_at >= self._settings.review_interval_s
+        review = review or (self._settled() and not self._opened_settled)
         try:
             await self._pass(review)
         except NotLeader:
@@ -226,18 +228,20 @@ class PlacementService:
             if self._stopped:
                 return
             change = self._heard()
+            settled = self._settled()
             idle = not change.events and not change.ahead and not change.reports
             if idle and not (review and await self._volumes_want_change()):
+                self._opened_settled = settled
                 return
-            allow_vacant = self._allow_vacant()
             seed = self._rng.getrandbits(64)
             now = self._clock.wall()
             done = await self._lead(
                 lambda connection: _write_pass(
-                    connection, change, self._targets, random.Random(seed), now, allow_vacant
+                    connection, change, self._targets, random.Random(seed), now, settled
                 )
             )
             self._started().adopt(done.nodes)
+            self._opened_settled = settled
             self._reviewed_at = self._clock.monotonic()
             if change.reports:
                 self._reported_at = self._reviewed_at
@@ -275,11 +279,13 @@ class PlacementService:
         self._reviewed_at = self._clock.monotonic()
         # The random numbers do not matter: only whether there is a plan.
         view = CellView(watch.views(), tuple(open_volumes))
-        seals, opens = _plan(view, self._targets, random.Random(0), self._allow_vacant())
+        seals, opens = _plan(view, self._targets, random.Random(0), self._settled())
         return bool(seals.seals or opens.openings)
 
-    def _allow_vacant(self) -> bool:
-        return self._clock.monotonic() >= self._vacant_not_before or self._started().all_heard()
+    def _settled(self) -> bool:
+        """Whether the service knows its nodes: volumes opened before would lie on the first few
+        that answered."""
+        return self._clock.monotonic() >= self._settled_by or self._started().all_heard()
 
     async def _lead(self, work: Callable[[Connection], T]) -> T:
         """A transaction that only the leader may make.  Raises `NotLeader`."""
@@ -317,14 +323,16 @@ def _admit(member: NodeView | None, registration: NodeRegistration) -> None:
 
 
 def _plan(
-    view: CellView, targets: Iterable[StockTarget], rng: random.Random, allow_vacant: bool
+    view: CellView, targets: Sequence[StockTarget], rng: random.Random, settled: bool
 ) -> tuple[SealPlan, OpenVolumesPlan]:
-    """Seals, and the openings that make up for them."""
+    """Seals, and the openings that make up for them; none before the nodes are known."""
     seals = plan_seals(view)
+    if not settled:
+        return seals, OpenVolumesPlan((), ())
     sealed = {seal.volume_id for seal in seals.seals}
     rest = tuple(volume for volume in view.volumes if volume.volume_id not in sealed)
     after = CellView(view.nodes, rest)
-    return seals, plan_volumes(after, tuple(targets), rng, allow_vacant=allow_vacant)
+    return seals, plan_volumes(after, targets, rng)
 
 
 def _write_pass(
@@ -333,7 +341,7 @@ def _write_pass(
     targets: tuple[StockTarget, ...],
     rng: random.Random,
     now: float,
-    allow_vacant: bool,
+    settled: bool,
 ) -> _Pass:
     """Steps 2 to 4 over the rows as they are, whatever the service remembers of them."""
     nodes = {view.node_id: view for view in map_rows.read_nodes(connection)}
@@ -356,7 +364,7 @@ def _write_pass(
             map_rows.skip_incarnations(connection, node_id, incarnation + 1, version)
     current = tuple(map_rows.read_nodes(connection))
     view = CellView(current, tuple(map_rows.read_open_volumes(connection)))
-    seals, opens = _plan(view, targets, rng, allow_vacant)
+    seals, opens = _plan(view, targets, rng, settled)
     if seals.seals or opens.openings:
         version = map_rows.next_version(connection)
         for seal in seals.seals:

@@ -27,8 +27,9 @@ class PlacementSettings:
     restarted on its own (two to four seconds), shorter than its lease."""
 
     start_grace_s: float = 15.0
-    """After taking the role: no node is down for its silence, and no volume with vacant slots is
-    opened, until all nodes were heard or so long has passed.  A cold start opens nine stores."""
+    """After taking the role: no node is down for its silence, and no volume is opened on the few
+    nodes that answered first, until all were heard or so long has passed.  A cold start opens
+    nine stores."""
 
     review_interval_s: float = 5.0
     """Between two looks at how full the open volumes are: a stock of them lasts longer."""

@@ -136,17 +136,6 @@ def test_below_the_write_minimum_nothing_is_opened() -> None:
     assert plan.unmet == (RS,)
 
 
-def test_vacant_slots_can_be_forbidden() -> None:
-    plan = plan_volumes(
-        CellView(nodes(8), ()),
-        [StockTarget(RS, 1), StockTarget(SMALL, 1)],
-        random.Random(1),
-        allow_vacant=False,
-    )
-    assert [opening.scheme for opening in plan.openings] == [SMALL]
-    assert plan.unmet == (RS,)
-
-
 def test_only_nodes_that_are_up_get_slots() -> None:
     others = [
         node(20 + number, state)
