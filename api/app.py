@@ -53,8 +53,8 @@ class GatewayApp(FastAPI):
             services.settings.queued_requests_max,
             services.settings.queue_wait_s,
         )
-        self._routes: Sequence[Route] = self._make_routes()
-        self.router.routes.extend(self._routes)
+        self.api_routes: Sequence[Route] = self._make_routes()
+        self.router.routes.extend(self.api_routes)
 
     def _make_routes(self) -> list[Route]:
         services = self._services
@@ -97,7 +97,7 @@ class GatewayApp(FastAPI):
         services = self._services
         return Gate(
             self.router,
-            self._routes,
+            self.api_routes,
             authenticator=Authenticator(services.accounts, services.clock),
             turns=self._turns,
             metrics=services.metrics.http,
