@@ -43,8 +43,9 @@ class BlockClientSettings:
     """One node's answer to a put: a busy disk syncs within seconds, a stopped one never."""
     put_attempts_max: int = 5
     """Volumes tried for one block."""
-    placement_wait_s: float = 6.0
-    """How long a put waits for the placement service to open a volume without the failed nodes."""
+    placement_wait_s: float = 12.0
+    """How long a put waits for a volume without the failed nodes: the placement service needs some
+    seconds to believe that a node is down."""
     placement_poll_s: float = 0.1
     retry_pause_s: float = 0.1
     """Before the same nodes are tried again: a busy one, or a map that did not change yet."""
