@@ -168,27 +168,12 @@ class PlacementService:
 
         Raises `NotLeader` when another process has taken the role, `ConfigInvalid` without a cell.
         """
-        while self._watch is None and not self._stopped:
-            try:
-                await self.start()
-            except (RetryLater, UnknownOutcome) as error:
-                log.warning("placement cannot take its role yet", error=error.message)
-                await self._clock.sleep(self._settings.lease_interval_s)
-        if self._stopped:
-            return
-        watch = self._started()
-        push_at = self._clock.monotonic()
-        while not self._stopped:
-            now = self._clock.monotonic()
-            if now >= push_at:
-                watch.push_due()
-                push_at = now + self._settings.lease_interval_s
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(push_at - now):
-                    await self._wake.wait()
-            self._wake.clear()
-            if not self._stopped:
-                await self._try_pass()
+        try:
+            while self._watch is None and not self._stopped:
+                await self._try_start()
+            await self._run()
+        finally:
+            await self.stop()
 
     async def step(self) -> None:
         """One whole pass, for tests and the simulation: push, wait for the answers, reconcile."""
@@ -205,6 +190,27 @@ class PlacementService:
             async with self._pass_lock:
                 await self._watch.aclose()
 
+    async def _try_start(self) -> None:
+        try:
+            await self.start()
+        except (RetryLater, UnknownOutcome) as error:
+            log.warning("placement cannot take its role yet", error=error.message)
+            await self._clock.sleep(self._settings.lease_interval_s)
+
+    async def _run(self) -> None:
+        push_at = self._clock.monotonic()
+        while not self._stopped:
+            now = self._clock.monotonic()
+            if now >= push_at:
+                self._started().push_due()
+                push_at = now + self._settings.lease_interval_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(push_at - now):
+                    await self._wake.wait()
+            self._wake.clear()
+            if not self._stopped:
+                await self._try_pass()
+
     # -- passes --------------------------------------------------------------------------------
 
     async def _try_pass(self) -> None:
@@ -216,7 +222,6 @@ class PlacementService:
             await self._pass(review)
         except NotLeader:
             log.warning("placement lost its role", epoch=self._epoch)
-            await self.stop()
             raise
         except (RetryLater, UnknownOutcome) as error:
             log.warning("placement pass failed", error=error.message)
