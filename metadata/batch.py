@@ -1,9 +1,9 @@
-"""Life of a commit, steps 3 to 6: decide each change against the tree as it stands, then write.
+"""Life of a commit, steps 4 and 5: decide each change against the tree as it stands, then write.
 
     1. `changes.check_commit`      what is refused without looking at the tree
     2. `tree_view.load`            the entries on the paths, in a few queries
-    3. `Batch.commit`              compare and swap; earlier changes of the batch are seen
-    4. `references.referenced`     which unclaimed blocks the namespace vouches for
+    3. `references.referenced`     which unclaimed blocks the namespace vouches for
+    4. `Batch.commit`              compare and swap; earlier changes of the batch are seen
     5. `Batch.write`               entries, versions, counts, journal: one statement for each table
     6. COMMIT                      by `sql.Database`, shared with neighbours
 

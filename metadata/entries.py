@@ -1,6 +1,6 @@
 """What stands at a path: rows of `entries` joined with their current version.
 
-Step 2 of a commit, and the whole of `entry`.  Called by `metadata.commit`, `metadata.listing` and
+Step 2 of a commit, and the whole of `entry`.  Called by `metadata.batch`, `metadata.listing` and
 `metadata.tree`.  The look-ups here take one query for one path, however deep, and one query a level
 for any number of paths.
 """

@@ -1,7 +1,7 @@
 """Namespaces: trees with a journal of their own, and the lock that orders their changes.
 
 Called by `metadata.accounts` (every account has a root namespace) and, first of all in each
-transaction that changes a tree, by `metadata.commit` and `metadata.tree`.
+transaction that changes a tree, by `metadata.batch` and `metadata.tree`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ entry later moves to another namespace.
     bits 0..39    journal position
 
 Printed: an entry id is `id:` and 16 hex digits, a rev is 16 hex digits.  Callers treat both as
-opaque.  Called by `metadata.commit`, `metadata.entries` and `metadata.namespaces`.
+opaque.  Called by `metadata.batch`, `metadata.entries` and `metadata.namespaces`.
 """
 
 from __future__ import annotations

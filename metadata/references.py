@@ -1,7 +1,7 @@
 """Which blocks a namespace references, and how often: the authority of a hash.
 
-Step 4 of a commit (may these blocks be named?), the permission check of every block read, and the
-base of garbage collection.  Called by `metadata.commit` and `metadata.tree`.
+Step 3 of a commit (may these blocks be named?), the permission check of every block read, and the
+base of garbage collection.  Called by `metadata.batch` and `metadata.tree`.
 
 `namespace_blocks.count` is the number of times a block occurs in the block lists of all versions
 that the namespace keeps: current ones, superseded ones, and those of entries in the trash.  A list

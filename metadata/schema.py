@@ -7,11 +7,11 @@ SQLAlchemy only.  Changes go through `metadata/migrations` (`docs/design/010-met
 |------------------|----------------------------------------------------|-------------------------|
 | accounts         | person or program that may come in                 | `accounts`              |
 | tokens           | bearer token, as its SHA-256                       | `accounts`              |
-| namespaces       | tree with a journal of its own                     | `namespaces`, `commit`  |
-| entries          | file, symlink or folder, live or in the trash      | `commit`, `tree`        |
-| versions         | content a file or symlink has or had               | `commit`                |
+| namespaces       | tree with a journal of its own                     | `namespaces`            |
+| entries          | file, symlink or folder, live or in the trash      | `batch`, `tree`         |
+| versions         | content a file or symlink has or had               | `batch`                 |
 | namespace_blocks | (namespace, block) that a kept version lists       | `references`            |
-| journal          | change of a namespace                              | `commit`, `tree`        |
+| journal          | change of a namespace                              | `batch`, `tree`         |
 
 The first two are about accounts and may live in another database than the rest, which is sharded
 by namespace later: no foreign key crosses that line.

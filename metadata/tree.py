@@ -71,7 +71,8 @@ class Tree:
         Folders on the way are made.  The same content again succeeds whatever the parent rev is,
         and changes nothing unless that is current and mtime or executable differ.  Raises
         `InvalidPath`, `InvalidRequest`, `RevConflict` (`details.server` is the entry in the way,
-        or None), `MissingBlocks`.
+        or None), `MissingBlocks`; from the database `DatabaseBusy`, `Overloaded` and
+        `UnknownOutcome`, after which the same commit may simply be sent again.
         """
         change = check_commit(request, claimed)
         return _raised(await self._queue.commit(account.namespace_id, change))
