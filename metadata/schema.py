@@ -8,10 +8,10 @@ SQLAlchemy only.  Changes go through `metadata/migrations` (`docs/design/010-met
 | accounts         | person or program that may come in                 | `accounts`              |
 | tokens           | bearer token, as its SHA-256                       | `accounts`              |
 | namespaces       | tree with a journal of its own                     | `namespaces`            |
-| entries          | file, symlink or folder, live or in the trash      | `batch`, `tree`         |
+| entries          | file, symlink or folder, live or in the trash      | `batch`, `tree`; roots: `namespaces` |
 | versions         | content a file or symlink has or had               | `batch`                 |
 | namespace_blocks | (namespace, block) that a kept version lists       | `references`            |
-| journal          | change of a namespace                              | `batch`, `tree`         |
+| journal          | change of a namespace                              | `namespaces`            |
 
 The first two are about accounts and may live in another database than the rest, which is sharded
 by namespace later: no foreign key crosses that line.
