@@ -11,7 +11,8 @@ import itertools
 import random
 
 import pytest
-from block_cell import OWNER, BlockCell, Faults, data_of, simulate
+from block_cell import OWNER, BlockCell, data_of, simulate
+from faulty_port import Faults
 
 from cluster.block_client_settings import PutResult
 from erasure.fragment import parse

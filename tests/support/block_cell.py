@@ -1,8 +1,7 @@
 """A small cell in one process for tests of the block client: memory stores, a real `cell.db` in
 memory, virtual time, and nodes that fail the way a test says.
 
-The test plays the placement service: it opens and seals volumes and counts incarnations through
-the same functions that the real one uses.
+The test plays the placement service, through `cell_rows.Rows`.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cell_rows import CLUSTER_ID, Rows, node_spec
+from faulty_port import Faults, FaultyPort
 from sqlalchemy import Connection, delete, select, update
 
 from chaos.sim.clock import VirtualClock
@@ -21,9 +21,9 @@ from cluster import map_rows
 from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings, FragmentProblem
 from cluster.block_index import BlockIndex, BlockRow
-from cluster.cell import NodeSpec, create_cell, prepare_schema
+from cluster.cell import create_cell, prepare_schema
 from cluster.node_pool import NodePool
-from cluster.schema import blocks, debts, nodes, volume_slots, volumes
+from cluster.schema import blocks, debts, volume_slots, volumes
 from cluster.topology import NodeState, NodeView
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
@@ -31,14 +31,12 @@ from erasure.fragment import parse_expected
 from erasure.keyring import Keyring
 from erasure.scheme import Scheme
 from protocol.clock import Clock
-from protocol.errors import HaversackError, NodeUnavailable, UnknownOutcome
-from protocol.hashing import Buffer, hash_block
+from protocol.errors import NodeUnavailable
+from protocol.hashing import hash_block
 from protocol.ids import BlockHash, NodeId, VolumeId
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
 from sql.database import Database
 from storage_node.identity import Identity
-from storage_node.interface import FragmentKey, NodePort, PutOutcome, StoredRecord
-from storage_node.local_port import LocalPort
+from storage_node.interface import FragmentKey, NodePort
 from storage_node.memory_store import MemoryStore
 from storage_node.node import StorageNode
 
@@ -46,6 +44,8 @@ T = TypeVar("T")
 
 LEASE_S = 1e6
 OWNER = 7
+RS = Scheme.parse("rs-6-3")
+REPLICA = RS.small_twin()
 
 
 def data_of(seed: int, size: int = 200_000) -> bytes:
@@ -56,108 +56,6 @@ def data_of(seed: int, size: int = 200_000) -> bytes:
 async def run_inline(function: Callable[..., T], *args: Any) -> T:
     """The `run` of tests: no threads."""
     return function(*args)
-
-
-@dataclass
-class Faults:
-    """What is wrong with one node, as a client meets it."""
-
-    refuses: Exception | None = None
-    """Raised at once by every call, as by a process that is gone."""
-    put_refuses: HaversackError | None = None
-    is_stopped: bool = False
-    """Nothing is answered before the deadline, and nothing is done."""
-    loses_replies: bool = False
-    """Puts are done and not answered."""
-    delay_s: Callable[[], float] = field(default=lambda: 0.0)
-    answers_as: int | None = None
-    """Incarnation that puts claim to have been stored by."""
-    put_statuses: dict[BlockHash, ItemStatus] = field(default_factory=dict)
-    get_status: ItemStatus | None = None
-    tamper: Callable[[bytes], bytes] | None = None
-    """Applied to each record read."""
-
-
-class FaultyPort:
-    """A port whose faults are looked up at each call."""
-
-    def __init__(self, cell: BlockCell, node: StorageNode) -> None:
-        self._cell = cell
-        self._node = node
-        self._inner = LocalPort(node)
-        self._faults = cell.faults[node.node_id]
-        self._clock = cell.clock
-
-    @property
-    def node_id(self) -> NodeId:
-        return self._inner.node_id
-
-    async def _arrive(self, what: str, deadline_s: float, late: type[HaversackError]) -> None:
-        self._cell.calls.append(f"{what} {self.node_id}")
-        self._cell.call_times.append(self._clock.monotonic())
-        if self._cell.nodes[self.node_id] is not self._node:
-            raise NodeUnavailable(f"{self.node_id}: that process is gone")
-        if self._faults.refuses is not None:
-            raise self._faults.refuses
-        delay_s = self._faults.delay_s()
-        if self._faults.is_stopped or delay_s >= deadline_s:
-            await self._clock.sleep(deadline_s)
-            raise late(f"{self.node_id} gave no answer in {deadline_s:.3f} s")
-        if delay_s:
-            await self._clock.sleep(delay_s)
-
-    async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
-    ) -> PutOutcome:
-        await self._arrive("put", deadline_s, UnknownOutcome)
-        if self._faults.put_refuses is not None:
-            raise self._faults.put_refuses
-        outcome = await self._inner.put(incarnation, records, deadline_s)
-        if self._faults.loses_replies:
-            raise UnknownOutcome(f"{self.node_id}: the connection was lost")
-        if self._faults.answers_as is not None:
-            return PutOutcome(self._faults.answers_as, outcome.statuses)
-        if self._faults.put_statuses:
-            statuses = [
-                self._faults.put_statuses.get(BlockHash(bytes(record[0][40:72])), status)
-                for record, status in zip(records, outcome.statuses, strict=True)
-            ]
-            return PutOutcome(outcome.incarnation, statuses)
-        return outcome
-
-    async def get(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[StoredRecord]:
-        await self._arrive("get", deadline_s, NodeUnavailable)
-        if self._faults.get_status is not None:
-            return [StoredRecord(self._faults.get_status, None)] * len(keys)
-        answers = await self._inner.get(keys, deadline_s)
-        if self._faults.tamper is not None:
-            return [
-                StoredRecord(status, None if record is None else self._faults.tamper(bytes(record)))
-                for status, record in answers
-            ]
-        return answers
-
-    async def delete(
-        self, incarnation: int, keys: Sequence[FragmentKey], deadline_s: float
-    ) -> list[ItemStatus]:
-        await self._arrive("delete", deadline_s, UnknownOutcome)
-        return await self._inner.delete(incarnation, keys, deadline_s)
-
-    async def lease(self, incarnation: int, lease_s: float, deadline_s: float) -> LeaseReply:
-        return await self._inner.lease(incarnation, lease_s, deadline_s)
-
-    async def summary(self, deadline_s: float) -> SummaryReply:
-        await self._arrive("summary", deadline_s, NodeUnavailable)
-        return await self._inner.summary(deadline_s)
-
-    async def inventory(
-        self, after: FragmentKey | None, limit: int, deadline_s: float
-    ) -> InventoryReply:
-        await self._arrive("inventory", deadline_s, NodeUnavailable)
-        return await self._inner.inventory(after, limit, deadline_s)
-
-    async def close(self) -> None:
-        await self._inner.close()
 
 
 class BlockCell:
@@ -178,11 +76,9 @@ class BlockCell:
         self.db = Database("sqlite://", inline=True)
         prepare_schema(self.db)
         self.node_ids = [NodeId.numbered(number + 1) for number in range(nodes)]
-        specs = [
-            NodeSpec(node_id, f"store-{node_id}", f"/{node_id}", "host", "rack")
-            for node_id in self.node_ids
-        ]
-        create_cell(self.db, clock, "cell-of-tests", scheme, specs)
+        specs = [node_spec(number + 1) for number in range(nodes)]
+        create_cell(self.db, clock, CLUSTER_ID, scheme, specs)
+        self.rows = Rows(self.db)
         self.index = BlockIndex(self.db, clock)
         self.map = VolumeMap(self.db, clock)
         self.stores = {node_id: MemoryStore() for node_id in self.node_ids}
@@ -230,62 +126,33 @@ class BlockCell:
             self.open_volume(self.scheme.small_twin())
 
     async def start_node(self, node_id: NodeId) -> None:
-        """A new life of a node: next incarnation, next endpoint, lease."""
+        """A new life of a node: another process in front of the same disk, the next incarnation.
+        The old process is gone from the network."""
 
-        def work(connection: Connection) -> int:
-            version = map_rows.next_version(connection)
-            connection.execute(
-                update(nodes)
-                .where(nodes.c.node_id == str(node_id))
-                .values(
-                    incarnation=nodes.c.incarnation + 1,
-                    endpoint=f"host:{version}",
-                    state=NodeState.UP.value,
-                    changed=version,
-                )
-            )
-            view = map_rows.read_node(connection, node_id)
-            assert view is not None
-            return view.incarnation
-
-        incarnation = self.db.transact(work)
-        self._replace_node(node_id)
-        await self.nodes[node_id].lease(incarnation, LEASE_S)
-
-    def _replace_node(self, node_id: NodeId) -> None:
-        """Another process in front of the same disk; the old one is gone from the network."""
-        identity = Identity("cell-of-tests", node_id, f"store-{node_id}")
+        incarnation = self.rows.register(self._number(node_id))
+        identity = Identity(CLUSTER_ID, node_id, f"store-{self._number(node_id)}")
         self.nodes[node_id] = StorageNode(identity, self.stores[node_id], self.clock, run_inline)
+        await self.nodes[node_id].lease(incarnation, LEASE_S)
 
     def set_state(self, node_id: NodeId, state: NodeState) -> None:
         """Change a node's state in the map."""
-        self.db.transact(
-            lambda connection: map_rows.set_node_state(
-                connection, node_id, state, 0.0, "", map_rows.next_version(connection)
-            )
-        )
+        self.rows.set_state(self._number(node_id), state)
 
     def open_volume(self, scheme: Scheme, slots: Sequence[NodeId | None] | None = None) -> VolumeId:
         """Open a volume on these nodes, or on a random choice (short of nodes, with vacancies)."""
         if slots is None:
             picked = self.rng.sample(self.node_ids, min(scheme.n, len(self.node_ids)))
             slots = [*picked, *([None] * (scheme.n - len(picked)))]
-        planned = [(scheme, tuple(slots))]
-        (volume_id,) = self.db.transact(
-            lambda connection: map_rows.insert_volumes(
-                connection, planned, 0.0, map_rows.next_version(connection)
-            )
-        )
+        volume_id = self.rows.open_volume(scheme, tuple(slots)).volume_id
         self.volumes_opened.append(volume_id)
         return volume_id
 
     def seal_volume(self, volume_id: VolumeId) -> None:
         """No more puts."""
-        self.db.transact(
-            lambda connection: map_rows.seal_volume(
-                connection, volume_id, map_rows.next_version(connection)
-            )
-        )
+        self.rows.seal(volume_id)
+
+    def _number(self, node_id: NodeId) -> int:
+        return self.node_ids.index(node_id) + 1
 
     def raise_epoch(self, volume_id: VolumeId) -> None:
         """A change of the volume's slots, as far as clients and nodes can tell."""
@@ -388,6 +255,33 @@ class BlockCell:
         """All faults are over."""
         for faults in self.faults.values():
             faults.__init__()  # type: ignore[misc]
+
+    # -- what is where ---------------------------------------------------------------------------
+
+    async def row_of(self, data: bytes) -> BlockRow | None:
+        """The row of the block that `data` is, if it is in the index."""
+        return (await self.index.lookup([hash_block(data)])).get(hash_block(data))
+
+    async def slots_of(self, data: bytes) -> tuple[NodeId, ...]:
+        """The nodes of a block's volume, by slot; none may be vacant."""
+        row = await self.row_of(data)
+        assert row is not None
+        await self.map.refresh()
+        volume = await self.map.volume(row.volume)
+        assert all(volume.slots)
+        return tuple(node_id for node_id in volume.slots if node_id is not None)
+
+    async def slots_held(self, data: bytes) -> list[int]:
+        """Slots of a block whose fragment is on the disk of the node that the map names."""
+        row = await self.row_of(data)
+        assert row is not None
+        await self.map.refresh()
+        volume = await self.map.volume(row.volume)
+        return [
+            slot
+            for slot, node_id in enumerate(volume.slots)
+            if node_id is not None and self.holds(node_id, row.volume, row.hash, slot)
+        ]
 
     # -- use -------------------------------------------------------------------------------------
 

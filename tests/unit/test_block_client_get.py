@@ -1,51 +1,30 @@
-"""Gets: the exact bytes from any k good slots, soon; or an error that says why; never others."""
+"""Gets: the exact bytes from any k slots, soon, whoever is gone or slow; or a reasoned error."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from block_cell import OWNER, BlockCell, data_of, simulate
+from block_cell import REPLICA, RS, BlockCell, data_of, simulate
 
-from cluster.block_client_settings import ProblemKind
 from cluster.node_pool import HEDGE_COLD_S, Direction
 from cluster.topology import NodeState
-from erasure.codec import Codec
-from erasure.envelope import seal
-from erasure.fragment import FRAGMENT_HEADER_BYTES, pack_header, parse
-from erasure.scheme import Scheme
-from erasure.stripe import make_stripe
-from protocol.errors import BlockNotFound, BlockUnreadable, DatabaseBusy, Overloaded
+from protocol.errors import (
+    BlockNotFound,
+    BlockUnreadable,
+    DatabaseBusy,
+    Overloaded,
+)
 from protocol.hashing import hash_block
-from protocol.ids import NodeId
-from protocol.messages import ItemStatus
-from storage_node.interface import FragmentKey
-
-RS = Scheme.parse("rs-6-3")
-REPLICA = RS.small_twin()
-
-
-async def slots_of(cell: BlockCell, data: bytes) -> tuple[NodeId, ...]:
-    """The nodes of a block's volume, by slot."""
-    row = (await cell.index.lookup([hash_block(data)]))[hash_block(data)]
-    await cell.map.refresh()
-    volume = await cell.map.volume(row.volume)
-    assert all(volume.slots)
-    return tuple(node_id for node_id in volume.slots if node_id is not None)
-
-
-# -- healthy -----------------------------------------------------------------------------------
 
 
 def test_a_healthy_get_asks_the_data_slots_and_nobody_else() -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(1)
         await cell.put(data)
-        slots = await slots_of(cell, data)
+        slots = await cell.slots_of(data)
         cell.calls.clear()
         assert await cell.get(data) == data
         assert sorted(cell.calls) == sorted(f"get {node}" for node in slots[:6])
@@ -96,15 +75,12 @@ def test_the_index_is_asked_once_for_a_block_that_is_read_often() -> None:
     simulate(main)
 
 
-# -- lost nodes --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [1_000, 200_000])
 def test_one_node_too_many_is_unreadable_with_a_reason_for_each_slot(size: int) -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(4, size)
         await cell.put(data)
-        slots = await slots_of(cell, data)
+        slots = await cell.slots_of(data)
         scheme = RS if len(slots) == 9 else REPLICA
         cell.kill(*slots[: scheme.m + 1])
         with pytest.raises(BlockUnreadable) as caught:
@@ -124,7 +100,7 @@ def test_a_read_waits_a_moment_for_nodes_that_are_coming_back() -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(5)
         await cell.put(data)
-        cell.kill(*(await slots_of(cell, data))[:4])
+        cell.kill(*(await cell.slots_of(data))[:4])
         task = asyncio.ensure_future(cell.get(data))
         await asyncio.sleep(0.02)
         cell.heal()
@@ -149,7 +125,7 @@ def test_nodes_that_the_map_calls_down_are_not_asked_while_others_suffice() -> N
     async def main(cell: BlockCell) -> None:
         data = data_of(7)
         await cell.put(data)
-        down = (await slots_of(cell, data))[0]
+        down = (await cell.slots_of(data))[0]
         cell.set_state(down, NodeState.DOWN)
         await asyncio.sleep(2 * cell.settings.map_age_s)
         cell.calls.clear()
@@ -203,185 +179,6 @@ def test_a_block_that_left_the_index_is_not_found_although_its_row_was_cached() 
     simulate(main)
 
 
-# -- bad fragments -----------------------------------------------------------------------------
-
-
-def flip(position: float) -> Callable[[bytes], bytes]:
-    def tamper(record: bytes) -> bytes:
-        index = min(int(len(record) * position), len(record) - 1)
-        return record[:index] + bytes([record[index] ^ 1]) + record[index + 1 :]
-
-    return tamper
-
-
-TAMPERS = {
-    "first byte": flip(0.0),
-    "header": flip(0.0001),
-    "middle": flip(0.5),
-    "last byte": flip(1.0),
-    "truncated by one": lambda record: record[:-1],
-    "empty": lambda record: b"",
-    "one more byte": lambda record: record + b"\0",
-    "zeros": lambda record: bytes(len(record)),
-    "header only": lambda record: record[:FRAGMENT_HEADER_BYTES],
-}
-
-
-@pytest.mark.parametrize("size", [1_000, 200_000])
-@pytest.mark.parametrize("name", TAMPERS)
-def test_a_damaged_fragment_is_replaced_and_reported(name: str, size: int) -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(11, size)
-        await cell.put(data)
-        slots = await slots_of(cell, data)
-        for node_id in slots[: len(slots) // 3]:
-            cell.faults[node_id].tamper = TAMPERS[name]
-        for _ in range(12):
-            assert await cell.get(data) == data
-        assert {problem.kind for problem in cell.problems} == {ProblemKind.CORRUPT}
-        assert {problem.node_id for problem in cell.problems} == set(slots[: len(slots) // 3])
-
-    simulate(main)
-
-
-def test_fragments_of_another_block_or_slot_are_refused() -> None:
-    async def main(cell: BlockCell) -> None:
-        data, other = data_of(12), data_of(13)
-        volume = cell.open_volume(RS, cell.node_ids)
-        await cell.put(data)
-        await cell.put(other)
-        keys = [FragmentKey(volume, hash_block(block), 2) for block in (data, other)]
-        cell.exchange(cell.node_ids[2], keys[0], keys[1])
-        elsewhere = FragmentKey(volume, hash_block(data), 5)
-        (foreign,) = cell.stores[cell.node_ids[5]].get_many([elsewhere])
-        assert foreign.record is not None
-        own = FragmentKey(volume, hash_block(data), 4)
-        cell.stores[cell.node_ids[4]].put_group([(own, foreign.record)])
-        assert await cell.get(data) == data
-        found = [(problem.kind, problem.slot) for problem in cell.problems]
-        assert sorted(found) == [(ProblemKind.CORRUPT, 2), (ProblemKind.CORRUPT, 4)]
-
-    simulate(main, volumes=0)
-
-
-@pytest.mark.parametrize("size", [1_000, 200_000])
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        (ItemStatus.NOT_FOUND, ProblemKind.MISSING),
-        (ItemStatus.CORRUPT, ProblemKind.CORRUPT),
-        (ItemStatus.IO_ERROR, ProblemKind.IO_ERROR),
-    ],
-)
-def test_what_a_node_says_about_a_fragment_reaches_repair(
-    status: ItemStatus, kind: ProblemKind, size: int
-) -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(14, size)
-        await cell.put(data)
-        bad = (await slots_of(cell, data))[0]
-        cell.faults[bad].get_status = status
-        for _ in range(20):
-            assert await cell.get(data) == data
-        assert {(problem.kind, problem.node_id) for problem in cell.problems} == {(kind, bad)}
-        assert cell.pool.suspected(Direction.READ) == ()
-
-    simulate(main)
-
-
-def lie(record: bytes) -> bytes:
-    """Other bytes with checksums, identity and stripe tag that are all in order."""
-    fragment = parse(record)
-    payload = bytes(byte ^ 0x55 for byte in fragment.payload)
-    header = bytearray(record[:FRAGMENT_HEADER_BYTES])
-    made = pack_header(
-        fragment.scheme,
-        fragment.slot,
-        fragment.block,
-        fragment.volume,
-        fragment.epoch,
-        fragment.stored_length,
-        payload,
-        *tuple(fragment)[7:],
-    )
-    assert len(made) == len(header)
-    return made + payload
-
-
-@pytest.mark.parametrize("size", [1_000, 200_000])
-@pytest.mark.parametrize("liars", [1, 2])
-def test_a_node_that_lies_consistently_is_found_out_and_named(liars: int, size: int) -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(15, size)
-        await cell.put(data)
-        slots = await slots_of(cell, data)
-        for node_id in slots[:liars]:
-            cell.faults[node_id].tamper = lie
-        for _ in range(10):
-            assert await cell.get(data) == data
-        assert {problem.kind for problem in cell.problems} == {ProblemKind.LIAR}
-        assert {problem.node_id for problem in cell.problems} == set(slots[:liars])
-
-    simulate(main)
-
-
-def forge(record: bytes) -> bytes:
-    """A perfect record of other bytes of the same length, sealed by the book."""
-    fragment = parse(record)
-    stored = seal((bytes(fragment.stored_length - 64),), 936, keyring=None, compress=False)
-    return b"".join(
-        make_stripe(
-            Codec(), fragment.scheme, fragment.block, fragment.volume, fragment.epoch, stored
-        )[fragment.slot]
-    )
-
-
-def test_a_perfect_forgery_of_a_small_block_fails_its_hash() -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(26, 936)
-        await cell.put(data)
-        slots = await slots_of(cell, data)
-        for node_id in slots[:3]:
-            cell.faults[node_id].tamper = forge
-        for _ in range(10):
-            assert await cell.get(data) == data
-            assert await get_all(cell, [data]) == [data]
-        assert {problem.node_id for problem in cell.problems} == set(slots[:3])
-        cell.faults[slots[3]].tamper = forge
-        with pytest.raises(BlockUnreadable):
-            await cell.get(data)
-
-    simulate(main)
-
-
-def test_when_every_node_lies_nothing_is_served() -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(16)
-        await cell.put(data)
-        for faults in cell.faults.values():
-            faults.tamper = lie
-        with pytest.raises(BlockUnreadable):
-            await cell.get(data)
-
-    simulate(main)
-
-
-def test_a_lie_and_a_lost_node_together_are_survived() -> None:
-    async def main(cell: BlockCell) -> None:
-        data = data_of(17)
-        await cell.put(data)
-        slots = await slots_of(cell, data)
-        cell.kill(slots[0])
-        cell.faults[slots[1]].tamper = lie
-        assert await cell.get(data) == data
-        assert [problem.slot for problem in cell.problems] == [1]
-
-    simulate(main)
-
-
-# -- slow nodes --------------------------------------------------------------------------------
-
-
 async def timed(cell: BlockCell, data: bytes) -> float:
     started = cell.clock.monotonic()
     assert await cell.get(data) == data
@@ -396,7 +193,7 @@ def test_a_slow_slot_is_hedged_at_the_p95_of_its_node() -> None:
             faults.delay_s = lambda: cell.rng.uniform(0.02, 0.03)
         for _ in range(100):
             await cell.get(data)
-        slow = (await slots_of(cell, data))[3]
+        slow = (await cell.slots_of(data))[3]
         cell.faults[slow].delay_s = lambda: 3.0
         cell.calls.clear()
         assert await timed(cell, data) < 0.08
@@ -409,7 +206,7 @@ def test_a_cold_client_hedges_too() -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(19)
         await cell.put(data)
-        cell.faults[(await slots_of(cell, data))[0]].is_stopped = True
+        cell.faults[(await cell.slots_of(data))[0]].is_stopped = True
         assert await timed(cell, data) < 2 * HEDGE_COLD_S
 
     simulate(main)
@@ -419,7 +216,7 @@ def test_as_many_slow_slots_as_there_is_parity_are_hedged() -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(20)
         await cell.put(data)
-        for node_id in (await slots_of(cell, data))[:3]:
+        for node_id in (await cell.slots_of(data))[:3]:
             cell.faults[node_id].delay_s = lambda: 4.0
         assert await timed(cell, data) < 2 * HEDGE_COLD_S
 
@@ -430,7 +227,7 @@ def test_a_stopped_node_is_left_alone_after_a_few_hedges() -> None:
     async def main(cell: BlockCell) -> None:
         data = data_of(21)
         await cell.put(data)
-        stopped = (await slots_of(cell, data))[2]
+        stopped = (await cell.slots_of(data))[2]
         cell.faults[stopped].is_stopped = True
         for _ in range(10):
             await cell.get(data)
@@ -473,7 +270,7 @@ def test_a_mistake_of_ours_in_one_slot_is_raised_and_leaves_nothing_behind() -> 
     async def main(cell: BlockCell) -> None:
         data = data_of(27)
         await cell.put(data)
-        cell.faults[(await slots_of(cell, data))[3]].refuses = ZeroDivisionError("a mistake")
+        cell.faults[(await cell.slots_of(data))[3]].refuses = ZeroDivisionError("a mistake")
         with pytest.raises(ZeroDivisionError):
             await cell.get(data)
         with pytest.raises(ZeroDivisionError):
@@ -508,129 +305,3 @@ def test_gets_beyond_the_memory_budget_wait_their_turn_or_are_refused() -> None:
         assert Counter(type(result) for result in results) == {bytes: 4, Overloaded: 6}
 
     simulate(main, get_bytes_max=800_512, queue_s=0.3)
-
-
-# -- many at once ------------------------------------------------------------------------------
-
-
-async def put_all(cell: BlockCell, blocks: list[bytes]) -> None:
-    await cell.client.put_many(OWNER, [(hash_block(block), block) for block in blocks])
-    cell.calls.clear()
-
-
-async def get_all(cell: BlockCell, blocks: list[bytes]) -> list[Any]:
-    found = await cell.client.get_many([hash_block(block) for block in blocks])
-    return [item if isinstance(item, Exception) else bytes(item) for item in found]
-
-
-def test_many_blocks_are_one_frame_from_each_node() -> None:
-    async def main(cell: BlockCell) -> None:
-        small = [data_of(number, 1_000) for number in range(200)]
-        large = [data_of(number, 140_000) for number in range(10)]
-        await put_all(cell, small + large)
-        assert await get_all(cell, large + small) == large + small
-        assert len(cell.calls) == len(set(cell.calls)) <= 9
-
-    simulate(main, volumes=1)
-
-
-def test_repeated_and_unknown_blocks_of_a_batch_each_get_their_answer() -> None:
-    async def main(cell: BlockCell) -> None:
-        blocks = [data_of(number, 1_000) for number in range(3)]
-        await put_all(cell, blocks)
-        answers = await get_all(cell, [blocks[2], b"unknown", blocks[0], blocks[2]])
-        assert [answers[0], answers[2], answers[3]] == [blocks[2], blocks[0], blocks[2]]
-        assert isinstance(answers[1], BlockNotFound)
-
-    simulate(main)
-
-
-@pytest.mark.parametrize("dead", [1, 2, 3])
-def test_a_batch_survives_dead_nodes(dead: int) -> None:
-    async def main(cell: BlockCell) -> None:
-        blocks = [data_of(number, 900 if number % 10 else 150_000) for number in range(100)]
-        await put_all(cell, blocks)
-        cell.kill(*cell.rng.sample(cell.node_ids, dead))
-        assert await get_all(cell, blocks) == blocks
-
-    simulate(main)
-
-
-def test_a_batch_gives_what_it_can_and_an_error_for_the_rest() -> None:
-    async def main(cell: BlockCell) -> None:
-        cell.open_volume(REPLICA, cell.node_ids[:4])
-        lost = [data_of(number, 1_000) for number in range(5)]
-        await put_all(cell, lost)
-        cell.seal_volume(cell.volumes_opened[-1])
-        cell.open_volume(REPLICA, cell.node_ids[4:8])
-        await asyncio.sleep(2 * cell.settings.map_age_s)
-        good = [data_of(number, 1_000) for number in range(5, 10)]
-        await put_all(cell, good)
-        cell.kill(*cell.node_ids[:4])
-        answers = await get_all(cell, lost + good)
-        assert answers[5:] == good
-        assert [type(answer) for answer in answers[:5]] == [BlockUnreadable] * 5
-
-    simulate(main, nodes=8, volumes=0)
-
-
-@pytest.mark.parametrize("tamper", [lie, flip(0.5)], ids=["lie", "flip"])
-def test_a_batch_with_bad_fragments_is_read_around_them_and_reports_them(
-    tamper: Callable[[bytes], bytes],
-) -> None:
-    async def main(cell: BlockCell) -> None:
-        blocks = [data_of(number, 900 if number % 4 else 150_000) for number in range(40)]
-        await put_all(cell, blocks)
-        bad = cell.node_ids[0]
-        cell.faults[bad].tamper = tamper
-        for _ in range(3):
-            assert await get_all(cell, blocks) == blocks
-        assert {problem.node_id for problem in cell.problems} == {bad}
-
-    simulate(main)
-
-
-def test_a_slow_node_does_not_hold_a_batch_up() -> None:
-    async def main(cell: BlockCell) -> None:
-        blocks = [data_of(number, 900 if number % 10 else 150_000) for number in range(100)]
-        await put_all(cell, blocks)
-        cell.faults[cell.node_ids[5]].delay_s = lambda: 4.0
-        started = cell.clock.monotonic()
-        assert await get_all(cell, blocks) == blocks
-        assert cell.clock.monotonic() - started < 1.5
-
-    simulate(main)
-
-
-def test_lengths_of_known_blocks_without_reading_them() -> None:
-    async def main(cell: BlockCell) -> None:
-        blocks = [data_of(number, 1_000 + number) for number in range(3)]
-        await put_all(cell, blocks)
-        hashes = [hash_block(block) for block in blocks]
-        lengths = await cell.client.lengths([*hashes, hash_block(b"unknown")])
-        assert lengths == dict(zip(hashes, (1_000, 1_001, 1_002), strict=True))
-        assert cell.calls == []
-
-    simulate(main)
-
-
-def test_one_seed_gives_one_history() -> None:
-    def history() -> list[str]:
-        calls: list[str] = []
-
-        async def main(cell: BlockCell) -> None:
-            for faults in cell.faults.values():
-                faults.delay_s = lambda: cell.rng.expovariate(20)
-            blocks = [data_of(number, 900 if number % 2 else 150_000) for number in range(12)]
-            await asyncio.gather(*(cell.put(block) for block in blocks))
-            cell.kill(cell.node_ids[1])
-            await asyncio.gather(*(cell.get(block) for block in blocks))
-            await cell.client.get_many([hash_block(block) for block in blocks])
-            calls.extend(
-                f"{at:.9f} {call}" for at, call in zip(cell.call_times, cell.calls, strict=True)
-            )
-
-        simulate(main, seed=random.Random(3).randrange(1000))
-        return calls
-
-    assert history() == history()
