@@ -119,7 +119,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             return SocketPort(node.node_id, node.endpoint, cell.cluster_id, secret, clock)
 
         metrics = Metrics()
-        rng = random.SystemRandom()
+        rng = random.Random(os.urandom(16))
         index = BlockIndex(cell_db, clock)
         volume_map = VolumeMap(cell_db, clock)
         pool = NodePool(volume_map, connect, clock, rng)
