@@ -145,7 +145,10 @@ def plan_merge(
 def _worth(run: Sequence[ExtentFile], *, full: bool) -> bool:
     if len(run) < 2:
         return False
-    return full or len(run) >= RUN_FILES_MIN or sum(file.size for file in run) >= RUN_BYTES_MIN
+    size = sum(file.size for file in run)
+    if full and size >= SHORT_FILE_BYTES:
+        return True  # as much as the budget allows, and what comes out is not short any more
+    return len(run) >= RUN_FILES_MIN or size >= RUN_BYTES_MIN
 
 
 @dataclass(slots=True)

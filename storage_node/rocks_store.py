@@ -78,6 +78,7 @@ def open_store(
         owner = store.get_state(_STORE_ID)
         if owner is None and fresh:
             store.put_state({_STORE_ID: expected.store_id.encode()})
+            store.flush()  # whose store it is must outlive a lost WAL
         elif owner != expected.store_id.encode():
             raise DirectoryForeign(
                 f"the store in {directory} is that of {owner!r}, not {expected.store_id!r}",
@@ -172,7 +173,10 @@ class RocksStore:
 
     def _index_again(self, group: list[tuple[bytes, Place]]) -> None:
         batch = WriteBatch(raw_mode=True)
-        old = self._places([key for key, _ in group])
+        here = dict(group)
+        known = self._places(list(here))
+        # An entry that is there already was only not counted: a family was flushed by itself.
+        old = {key: place for key, place in known.items() if place != here[key]}
         totals = self._add_places(batch, group, old, self._totals)
         last = group[-1][1].sequence + 1  # the end mark's
         self._commit(batch, totals.up_to(max(last, totals.last_sequence)), sync=True)
@@ -302,6 +306,12 @@ class RocksStore:
                 for name, value in values.items():
                     batch.put(_state_key(name), value)
                 self._database.write(batch, self._synced)
+
+    def flush(self) -> None:
+        """Move what is in memory and in the WAL into files."""
+        with self._lock, self._writing("flushing"):
+            for family in (self._index, self._small, self._database):  # totals last
+                family.flush()
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -435,9 +445,11 @@ class RocksStore:
             del self._index_handle, self._extents_handle, self._small_handle
             try:
                 self._database.close()
-            except Exception as error:
-                if self._failure is None:
-                    raise write_error(error, self._directory) from error
+            except Exception as error:  # noqa: BLE001  rocksdict raises nothing more precise
+                # It could not move the WAL's content into files, on a full or failing disk.  What
+                # was acknowledged is in the WAL or in extents, and is found there at the next open.
+                self._failure = self._failure or f"closing failed: {error}"
+            del self._database
 
 
 def _state_key(name: str) -> bytes:
