@@ -75,7 +75,9 @@ class VolumeMap:
         before = self._version
         while True:
             task = self._refreshing
-            if task is None:
+            # A task that is done and whose callback has not run yet answers without suspending:
+            # waiting for it again and again would never let that callback run.
+            if task is None or task.done():
                 self._refresh_began = self._clock.monotonic()
                 task = asyncio.get_running_loop().create_task(self._read_changes())
                 task.add_done_callback(self._refreshed)

@@ -278,3 +278,26 @@ async def test_the_cache_is_bounded_and_open_volumes_stay(
     assert slow.reads == before
     await held.volume(sealed[0].volume_id)
     assert slow.reads == before + 1, "the first one loaded was the first one forgotten"
+
+
+class TickingClock(HandClock):
+    """A clock on which no two readings are equal."""
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.mark.timeout(20)
+async def test_a_caller_between_the_end_of_a_read_and_its_callback_does_not_spin(
+    rows: Rows, db: Database
+) -> None:
+    volume_map = VolumeMap(db, TickingClock())
+
+    async def a_moment_later() -> bool:
+        await asyncio.sleep(0)
+        return await volume_map.refresh()
+
+    first = asyncio.ensure_future(volume_map.refresh())
+    second = asyncio.ensure_future(a_moment_later())
+    assert await asyncio.gather(first, second) == [True, False]
