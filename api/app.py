@@ -89,7 +89,7 @@ class GatewayApp(FastAPI):
             metrics=services.metrics,
             clock=services.clock,
         )
-        tree = MetadataRoutes(services.tree, authority)
+        tree = MetadataRoutes(services.tree, authority, services.run)
         return [*blocks.routes(), *batches.routes(), *tree.routes(), *system.routes()]
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -103,7 +103,6 @@ class GatewayApp(FastAPI):
             metrics=services.metrics.http,
             log=AccessLog(services.settings.access_log, services.settings.slow_request_s),
             clock=services.clock,
-            run=services.run,
             name=secrets.token_hex(4),
         )
 

@@ -2,9 +2,8 @@
 holds a claim to.  The hash alone gives no right.
 
 Step 2 of a get, of a check and of a fetch.  Called by `block_routes`, `batch_routes` and
-`metadata_routes`.  The same look-ups are made whatever the answer will be, and never one into the
-block index by a hash that is not the caller's: an unknown block and another account's block take
-the same way through the code, and the same time.
+`metadata_routes`.  A block that does not exist and a block of another account take the same way
+through the code, with the same queries: neither is referenced, neither is claimed.
 """
 
 from __future__ import annotations
@@ -40,11 +39,19 @@ class Authority:
         self._single = Coalescer[_Question, bool](self._ask, JOINED_MAX, WAITING_MAX)
 
     async def among(self, account: Account, hashes: Sequence[BlockHash]) -> set[BlockHash]:
-        """Those of `hashes` that the account may know of: two queries, at the same time."""
-        referenced, claimed = await asyncio.gather(
-            self._tree.references(account, hashes), self._index.claimed(account.id, hashes)
-        )
-        return referenced | claimed
+        """Those of `hashes` that the account may know of.
+
+        Few are asked of both databases at the same time; of many, the index is asked only for
+        those that the namespace does not reference.
+        """
+        if len(hashes) <= JOINED_MAX:
+            referenced, claimed = await asyncio.gather(
+                self._tree.references(account, hashes), self._index.claimed(account.id, hashes)
+            )
+            return referenced | claimed
+        referenced = await self._tree.references(account, hashes)
+        others = [block for block in hashes if block not in referenced]
+        return referenced | (await self._index.claimed(account.id, others) if others else set())
 
     async def covers(self, account: Account, block: BlockHash) -> bool:
         """Whether the account may know of one block.  Raises `Overloaded` if too many ask."""

@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.access_log import AccessLog
 from api.answers import error_answer
 from api.authentication import Authenticator, require_admin
-from api.bodies import Run
 from api.call import Access, Call, PeerGone
 from api.metrics import NO_ROUTE, HttpMetrics
 from api.routing import Route, RouteTable
@@ -56,7 +55,6 @@ class Gate:
         metrics: HttpMetrics,
         log: AccessLog,
         clock: Clock,
-        run: Run,
         name: str,
     ) -> None:
         """`name` makes request ids of this process differ from those of others."""
@@ -67,7 +65,6 @@ class Gate:
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._run = run
         self._name = name
         self._numbers = itertools.count(1)
 
@@ -89,7 +86,7 @@ class Gate:
                         await self._turns.take()
                     has_turn = True
                     await self._admit(call, route)
-                answer = await route.answer(call, self._run)
+                answer = await route.answer(call)
             except HaversackError as error:
                 answer = error_answer(error)
             except PeerGone:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.answers import Answer, json_answer
 from api.authority import Authority
+from api.bodies import Run
 from api.call import Call
 from api.errors import error_body
 from api.hash_lists import parse_hashes
@@ -37,6 +38,9 @@ from protocol.limits import (
     INLINE_FILE_BYTES_MAX,
     LISTING_PAGE_MAX,
 )
+
+LIST_IN_LOOP_BLOCKS: Final = 4096
+"""Up to this a block list is read within about a millisecond."""
 
 _SIZE_MAX: Final = 2**63 - 1
 _STRICT: Final = ConfigDict(extra="forbid", strict=True)
@@ -167,9 +171,10 @@ class AccountAnswer(BaseModel):
 class MetadataRoutes:
     """Endpoints of the tree."""
 
-    def __init__(self, tree: Tree, authority: Authority) -> None:
+    def __init__(self, tree: Tree, authority: Authority, run: Run) -> None:
         self._tree = tree
         self._authority = authority
+        self._run = run
 
     def routes(self) -> list[Route]:
         """What this class serves."""
@@ -234,7 +239,7 @@ class MetadataRoutes:
 
     async def commit(self, call: Call, body: CommitBody) -> Answer:
         """Make one version of a file or symlink."""
-        request = commit_request(body)
+        request = await self._request(body)
         claimed = await self._claimed(call.account, (request,))
         result = await self._tree.commit(call.account, request, claimed)
         return json_answer({"entry": result.entry.as_json()}, 201 if result.created else 200)
@@ -245,7 +250,7 @@ class MetadataRoutes:
         requests: dict[int, CommitRequest] = {}
         for index, item in enumerate(body.entries):
             try:
-                requests[index] = commit_request(item)
+                requests[index] = await self._request(item)
             except HaversackError as error:
                 results[index] = {"error": error_body(error)}
         if requests:
@@ -284,6 +289,13 @@ class MetadataRoutes:
     async def account(self, call: Call) -> Answer:
         """Who the token speaks for."""
         return json_answer(call.account._asdict())
+
+    async def _request(self, body: CommitBody) -> CommitRequest:
+        """`commit_request`, in a thread for a file so large that its list would hold us up."""
+        if body.block_list is not None and len(body.block_list) > LIST_IN_LOOP_BLOCKS:
+            request: CommitRequest = await self._run(commit_request, body)
+            return request
+        return commit_request(body)
 
     async def _claimed(self, account: Account, requests: Iterable[CommitRequest]) -> set[BlockHash]:
         named = dict.fromkeys(block for request in requests for block in request.block_list or ())

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from api.answers import Answer
-from api.bodies import Run, invalid, read_json_body
+from api.bodies import invalid, read_json_body
 from api.call import Access, Call
 from api.openapi import problem_responses
 from protocol.errors import InvalidRequest, MethodNotAllowed, RouteNotFound
@@ -69,7 +69,7 @@ class Route(APIRoute):
         self.access = access
         self._model, self._in_query = _parameter_of(endpoint)
 
-    async def answer(self, call: Call, run: Run) -> Answer:
+    async def answer(self, call: Call) -> Answer:
         """Read what the endpoint wants and call it.  Raises `InvalidRequest`, `BodyTooLarge`,
         `PeerGone`, and whatever the endpoint raises."""
         model = self._model
@@ -77,7 +77,7 @@ class Route(APIRoute):
             return await self._respond(call)
         if self._in_query:
             return await self._respond(call, _from_query(model, call.scope["query_string"]))
-        return await self._respond(call, await read_json_body(call, model, run))
+        return await self._respond(call, await read_json_body(call, model))
 
     async def _respond(self, *arguments: object) -> Answer:
         answer: Answer = await self.endpoint(*arguments)

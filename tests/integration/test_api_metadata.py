@@ -79,6 +79,13 @@ def test_file_of_uploaded_blocks_is_committed(alice: httpx.Client) -> None:
     assert entry["content"] is None
 
 
+def test_file_of_ten_thousand_blocks_is_committed(alice: httpx.Client) -> None:
+    name, size = _put(alice, 3, 1000)
+    body = {"path": "large.bin", "size": 10_000 * size, "mtime": 0, "block_list": [name] * 10_000}
+    entry = _commit(alice, body).json()["entry"]
+    assert entry["block_list"] == body["block_list"]
+
+
 def test_symlink_is_committed(alice: httpx.Client) -> None:
     body = {"path": "link", "size": 0, "mtime": 0, "symlink": "../target"}
     entry = _commit(alice, body).json()["entry"]
