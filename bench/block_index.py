@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Connection
 
 from cluster import map_rows
 from cluster.block_index import BlockIndex, NewBlock, Receipt, RecordOutcome
+from cluster.block_sql_portable import PortableBlockSql
 from cluster.cell import NodeSpec, create_cell, prepare_schema
 from cluster.topology import VolumeView
 from erasure.scheme import Scheme
@@ -50,6 +52,7 @@ class Setting:
         create_cell(self.db, clock, "bench", Scheme.rs(6, 3), specs)
         self.volumes = self.db.transact(_open_volumes)
         self.index = BlockIndex(self.db, clock)
+        self.portable = BlockIndex(self.db, clock, PortableBlockSql())
         self.stored = [self.name() for _ in range(blocks)]
         for start in range(0, blocks, PREFILL_BATCH):
             self._prefill(sorted(self.stored[start : start + PREFILL_BATCH]))
@@ -92,7 +95,7 @@ def _open_volumes(connection: Connection) -> list[VolumeView]:
     )
 
 
-async def measure(what: str, count: int, run: Callable[[], Awaitable[None]]) -> None:
+async def measure(what: str, count: int, run: Callable[[], Awaitable[object]]) -> None:
     """Print rate, time and CPU per block of one run over `count` blocks."""
     wall, cpu = time.perf_counter(), time.process_time()
     await run()
@@ -121,7 +124,7 @@ async def measure_puts(setting: Setting) -> None:
     for size in (BATCH_BLOCKS_MAX, 1_000, 64):
         batches = [setting.batch(size) for _ in range(max(1, 16_000 // size))]
         count = size * len(batches)
-        await measure(f"record_puts, {size} a call", count, lambda b=batches: record(b))  # type: ignore[misc]
+        await measure(f"record_puts, {size} a call", count, partial(record, batches))
     for callers in (1, 16, 64):
         singles = [[block] for block in setting.batch(200 * callers)]
         shares = [singles[start::callers] for start in range(callers)]
@@ -177,23 +180,16 @@ async def busy_loop() -> AsyncIterator[None]:
 
 
 async def measure_beside_a_busy_loop(setting: Setting) -> None:
+    ways = {"one statement a batch": setting.index, "row by row": setting.portable}
     for interval_s in (0.005, 0.0002):
         sys.setswitchinterval(interval_s)
         print(f"-- beside a busy event loop, switch interval {interval_s * 1e3:g} ms")
-        names = setting.rng.sample(setting.stored, BATCH_BLOCKS_MAX)
-        batches = [setting.batch(1_000) for _ in range(3)]
-
-        async def record(batches: Sequence[list[NewBlock]] = batches) -> None:
-            for batch in batches:
-                await setting.index.record_puts(batch)
-
-        async with busy_loop():
-            await measure("record_puts, 1000 a call", 3_000, record)
-            await measure("lookup of 4,096", 4_096, lambda n=names: _look_up(setting, n))  # type: ignore[misc]
-
-
-async def _look_up(setting: Setting, names: Sequence[BlockHash]) -> None:
-    assert len(await setting.index.lookup(names)) == len(names)
+        for way, index in ways.items():
+            names = setting.rng.sample(setting.stored, 1_000)
+            batch = setting.batch(1_000)
+            async with busy_loop():
+                await measure(f"record_puts, 1000, {way}", 1_000, partial(index.record_puts, batch))
+                await measure(f"lookup of 1,000, {way}", 1_000, partial(index.lookup, names))
 
 
 async def main(blocks: int, busy: bool) -> None:
