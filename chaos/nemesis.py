@@ -62,14 +62,14 @@ class NemesisPlan:
     """Nodes that may be out at once: m promises that every read is served throughout."""
 
     @staticmethod
-    def draw(rng: random.Random, tolerance: int, nodes: int) -> NemesisPlan:
+    def draw(rng: random.Random, tolerance: int, nodes: int, gap_mean_s: float) -> NemesisPlan:
         """A plan for a cell that tolerates `tolerance` losses."""
         kept = [kind for kind in FaultKind if rng.random() < KIND_KEPT] or [FaultKind.KILL]
         weights = {
             kind: rng.expovariate(1.0) * (0.15 if kind in RARE else 1.0) + 0.02 for kind in kept
         }
         impaired_max = tolerance if rng.random() < 0.6 else nodes
-        return NemesisPlan(weights, rng.choice([4.0, 10.0, 25.0, 60.0]), impaired_max)
+        return NemesisPlan(weights, gap_mean_s, impaired_max)
 
 
 _Draw = Callable[["Nemesis"], Fault]

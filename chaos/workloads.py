@@ -82,8 +82,8 @@ class WorkloadPlan:
     """Probability of a block of up to 4 MiB: they cost most of the time of a run."""
 
     @staticmethod
-    def draw(rng: random.Random) -> WorkloadPlan:
-        """A plan; every run leans another way."""
+    def draw(rng: random.Random, operations: int, seconds: float) -> WorkloadPlan:
+        """A plan for about so many operations in so much time; every run leans another way."""
         base = {
             "put": 4.0,
             "put_many": 1.5,
@@ -96,14 +96,15 @@ class WorkloadPlan:
             "delete": 0.5,
         }
         weights = {name: weight * (0.3 + rng.expovariate(1.0)) for name, weight in base.items()}
+        clients = rng.randint(2, 6)
         return WorkloadPlan(
             weights,
-            clients=rng.randint(2, 6),
+            clients=clients,
             owners=2,
-            think_mean_s=rng.choice([0.3, 1.0, 3.0, 10.0]),
+            think_mean_s=seconds * clients / operations,
             paths=rng.randint(3, 12),
             reuse=rng.uniform(0.1, 0.5),
-            large=rng.choice([0.0, 0.0, 0.01, 0.03]),
+            large=rng.choice([0.0, 0.0, 0.0, 0.02]),
         )
 
 
@@ -175,7 +176,7 @@ class Client:
         self._put_ended(operation)
 
     async def _put_many(self) -> None:
-        batch = [self._draw_content().data() for _ in range(self._rng.choice([2, 5, 20]))]
+        batch = [self._draw_content().data() for _ in range(self._rng.choice([2, 4, 12]))]
         distinct = list({hashlib.sha256(data).digest(): data for data in batch}.values())
         operations = [self._begin_put(data) for data in distinct]
         try:
@@ -202,7 +203,7 @@ class Client:
         self._get_ended(operation, data)
 
     async def _get_many(self) -> None:
-        known = [self._known_block() for _ in range(self._rng.choice([2, 8, 30]))]
+        known = [self._known_block() for _ in range(self._rng.choice([2, 6, 20]))]
         blocks = list(dict.fromkeys(block for block in known if block is not None))
         if not blocks:
             return

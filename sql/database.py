@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from protocol.errors import DatabaseBusy, Overloaded, UnknownOutcome
-from sql.engine import make_engines
+from sql.engine import Engines, make_engines
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -63,8 +63,10 @@ class WriteStats:
 class Database:
     """One SQL database.  Create it on any thread; await its methods on one event loop each."""
 
-    def __init__(self, url: str, *, inline: bool = False) -> None:
-        engines = make_engines(url, inline=inline)
+    def __init__(self, url: str, *, inline: bool = False, engines: Engines | None = None) -> None:
+        """`engines`: of that URL, if the caller keeps them for several databases in turn; `close`
+        disposes of their connections either way."""
+        engines = engines or make_engines(url, inline=inline)
         self._writer_engine: Engine = engines.writer
         self._reader_engine: Engine = engines.reader
         self._inline = inline

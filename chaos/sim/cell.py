@@ -34,6 +34,7 @@ from chaos.sim.trace import Trace
 from cluster.block_client_settings import BlockClientSettings
 from cluster.cell import NodeSpec, add_nodes, create_cell
 from cluster.placement_service import PlacementService
+from cluster.placement_settings import PlacementSettings
 from cluster.topology import NodeView
 from erasure.codec import Codec
 from metadata.accounts import Accounts
@@ -295,6 +296,7 @@ class SimCell:
             host.clock,
             host.rng("service"),
             lambda view: self._connect(life.process, view),
+            PlacementSettings(lease_interval_s=self.options.lease_interval_s),
             holder=f"placement-{life.number}",
         )
 
@@ -417,8 +419,9 @@ async def _run_inline(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def prepare_directory(directory: Path) -> None:
-    """Migrated, empty databases in a fresh directory."""
-    directory.mkdir(parents=True, exist_ok=True)
+def prepare_directory(directory: Path) -> Path:
+    """Migrated, empty databases in a directory that no other run uses."""
+    directory.mkdir(parents=True)
     (directory / "nodes").mkdir()
     copy_databases(directory)
+    return directory

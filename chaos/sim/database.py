@@ -26,7 +26,7 @@ from cluster.cell import MIGRATIONS as CELL_MIGRATIONS
 from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
 from protocol.errors import DatabaseBusy, UnknownOutcome
 from sql.database import Database
-from sql.engine import sqlite_url
+from sql.engine import Engines, make_engines, sqlite_url
 from sql.migrations import upgrade
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class SimDatabase(Database):
     """One process's view of one database file."""
 
     def __init__(self, path: Path, rng: random.Random, faults: SqlFaults) -> None:
-        super().__init__(sqlite_url(path), inline=True)
+        super().__init__(sqlite_url(path), inline=True, engines=_engines(path))
         self._rng = rng
         self._faults = faults
 
@@ -114,6 +114,14 @@ class SimDatabase(Database):
         self._faults.on_kill()
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a dead process went on")
+
+
+@functools.cache
+def _engines(path: Path) -> Engines:
+    """One pair per path for as long as the Python process lives, so that statements are compiled
+    once and not once a life of a process.  Works run inline and never overlap, so lives cannot
+    meet in a connection."""
+    return make_engines(sqlite_url(path), inline=True)
 
 
 def memory_directory() -> Path | None:

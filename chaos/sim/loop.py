@@ -95,6 +95,45 @@ class SimFuture(asyncio.Future[T]):
         return self is other
 
 
+class _SimHandle(asyncio.Handle):
+    """A handle without asyncio's debug mode: a run makes hundreds of thousands."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: SimLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
+class _SimTimer(asyncio.TimerHandle):
+    """The same for timers."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: SimLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        _SimHandle.__init__(self, callback, args, loop, context)  # type: ignore[arg-type]
+        self._when = when
+        self._scheduled = True
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """See the module's docstring.  `start` is the first value of `time()`, in seconds."""
 
@@ -142,7 +181,7 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _SimHandle(callback, args, self, context)
         if not self._burying:
             self._queue.append(handle)
         return handle
@@ -154,7 +193,7 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer = _SimTimer(when, callback, args, self, context)
         if not self._burying:
             heapq.heappush(self._timers, (when, self.next_number(), timer))
         return timer

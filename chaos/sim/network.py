@@ -80,9 +80,18 @@ class Listener:
 class Connection:
     """What one caller keeps between calls to one address."""
 
-    __slots__ = ("address", "greeting", "listener", "source", "waiting")
+    __slots__ = ("address", "greeting", "idempotent", "listener", "source", "waiting")
 
-    def __init__(self, source: SimProcess, address: str, greeting: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        source: SimProcess,
+        address: str,
+        greeting: tuple[Any, ...] = (),
+        *,
+        idempotent: bool = False,
+    ) -> None:
+        self.idempotent = idempotent
+        """Whether a request may be carried out twice: then duplicates are simulated."""
         self.source = source
         self.address = address
         self.greeting = greeting
@@ -282,7 +291,7 @@ class Network:
             self._trace.record(source, "request-lost", f"{method} {target}")
             return
         self._pass(source, target, arrive)
-        if self._rng.random() < quality.duplicate:
+        if connection.idempotent and self._rng.random() < quality.duplicate:
             self._count("duplicate")
             self._later(self._rng.uniform(0, DUPLICATE_DELAY_S_MAX), arrive)
 

@@ -31,12 +31,29 @@ from storage_node.rocks_store import RocksStore
 
 CAPACITY_BYTES = 1 << 40
 
+LOOK_S_MIN = 1.0
+"""A simulated host looks after its node this seldom: its frequent looks, mostly at nothing, would
+be half of all steps of a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Address:
     """All that a host asks of its data port."""
 
     endpoint: str
+
+
+class _Unhurried:
+    """A clock whose sleeps are never short."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.wall = clock.wall
+        self.monotonic = clock.monotonic
+
+    async def sleep(self, seconds: float) -> None:
+        """At least `LOOK_S_MIN`."""
+        await self._clock.sleep(max(seconds, LOOK_S_MIN))
 
 
 class SimNode(NodeHost):
@@ -66,7 +83,7 @@ class SimNode(NodeHost):
             namespace="",
             registrar="",
         )
-        super().__init__(config, register, clock, rng.randbytes)
+        super().__init__(config, register, _Unhurried(clock), rng.randbytes)
         self.life = life
         self.clock = clock
         self.port = cast(DataPort, _Address(endpoint))

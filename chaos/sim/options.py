@@ -41,10 +41,11 @@ class Options:
     link: LinkQuality
     clock_drift: float
     """Clocks of hosts run up to this share fast or slow."""
+    lease_interval_s: float
     fault_s: float
     """How long faults and clients go on."""
     quiet_s: float
-    """Idle time before the last look: claims, leases and timers go on."""
+    """Idle time before the last look: leases and timers go on."""
     workload: WorkloadPlan
     nemesis: NemesisPlan
 
@@ -57,22 +58,21 @@ class Options:
             f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
             f"drift up to {self.clock_drift:.4%}",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
-            f"{self.workload.think_mean_s:g} s, {self.workload.paths} paths",
-            f"faults: about every {self.nemesis.gap_mean_s:g} s, at most "
+            f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
+            f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
             f"{self.nemesis.impaired_nodes_max} nodes out at once; "
             + ", ".join(f"{kind} {weight:.2f}" for kind, weight in weights),
         ]
 
 
 def draw_options(seed: int) -> Options:
-    """The options of the `mixed` scenario."""
+    """The options of the `mixed` scenario: some hundreds of operations, spread over minutes."""
     rng = random.Random(f"options-{seed}")
     scheme_name, fewest, most = rng.choice(SCHEMES)
     scheme = Scheme.parse(scheme_name)
     nodes = rng.randint(fewest, most)
-    workload = WorkloadPlan.draw(rng)
-    operations = rng.randint(150, 400)
-    fault_s = max(60.0, operations * workload.think_mean_s / workload.clients)
+    fault_s = rng.choice([60.0, 180.0, 420.0, 900.0])
+    faults = rng.choice([6, 15, 40])
     return Options(
         seed=seed,
         scheme=scheme,
@@ -82,10 +82,11 @@ def draw_options(seed: int) -> Options:
         shuffle=rng.random() < 0.7,
         link=LinkQuality(latency_mean_s=rng.choice([0.0002, 0.0005, 0.003])),
         clock_drift=rng.choice([0.0, 0.0001, 0.01]),
+        lease_interval_s=rng.choice([1.0, 2.0, 3.0]),
         fault_s=fault_s,
-        quiet_s=rng.choice([30.0, 120.0, 600.0]),
-        workload=workload,
-        nemesis=NemesisPlan.draw(rng, scheme.m, nodes),
+        quiet_s=rng.choice([20.0, 60.0, 240.0]),
+        workload=WorkloadPlan.draw(rng, rng.randint(120, 300), fault_s),
+        nemesis=NemesisPlan.draw(rng, scheme.m, nodes, fault_s / faults),
     )
 
 

@@ -37,7 +37,9 @@ class SimPort:
     ) -> None:
         self._network = network
         self._node_id = node_id
-        self._connection = Connection(source, endpoint, greeting=(cluster_id, node_id))
+        self._connection = Connection(
+            source, endpoint, greeting=(cluster_id, node_id), idempotent=True
+        )
 
     @property
     def node_id(self) -> NodeId:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import functools
 import hashlib
 import logging
 import random
@@ -292,11 +293,8 @@ def simulate(
     if hours is not None:
         options = dataclasses.replace(options, fault_s=hours * 3600.0)
     started = time.perf_counter()
-    with (
-        _quiet_logs(),
-        tempfile.TemporaryDirectory(prefix="haversack-sim-", dir=memory_directory()) as directory,
-    ):
-        run = SimRun(options, parts or Parts(), _prepared(Path(directory) / "cell"))
+    with _quiet_logs():
+        run = SimRun(options, parts or Parts(), prepare_directory(_run_directory()))
         verdict, finding = _execute(run)
         return Report(
             seed=seed,
@@ -335,9 +333,15 @@ def _execute(run: SimRun) -> tuple[Verdict, str]:
     return Verdict.PASSED, ""
 
 
-def _prepared(directory: Path) -> Path:
-    prepare_directory(directory)
-    return directory
+def _run_directory() -> Path:
+    """The same for every run of this Python process: statements compiled for its databases are
+    kept (`chaos/sim/database.py`)."""
+    return Path(_process_directory().name) / "cell"
+
+
+@functools.cache
+def _process_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="haversack-sim-", dir=memory_directory())
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def test_no_disk_is_lost_while_a_stripe_has_no_spare_or_another_was_lost_just_no
 
 
 def test_plans_differ_from_seed_to_seed_and_use_every_kind_somewhere() -> None:
-    plans = [NemesisPlan.draw(random.Random(seed), 3, 9) for seed in range(60)]
+    plans = [NemesisPlan.draw(random.Random(seed), 3, 9, 10.0) for seed in range(60)]
     assert {kind for plan in plans for kind in plan.weights} == set(FaultKind)
     assert len({tuple(plan.weights) for plan in plans}) > 30
     assert {plan.impaired_nodes_max for plan in plans} == {3, 9}
