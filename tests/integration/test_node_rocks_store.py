@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from node_parts import IDENTITY, LARGE, formatted, fragment_key, noise, rocks
 from rocksdict import Rdict, WriteBatch
 
-from node_parts import IDENTITY, LARGE, formatted, fragment_key, noise, rocks
 from protocol.errors import (
     DirectoryCorrupt,
     DirectoryForeign,
@@ -77,9 +77,8 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def eager_merges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def eager_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "RUN_FILES_MIN", 2)
-    yield
 
 
 # -- whose directory ---------------------------------------------------------------------------
@@ -400,6 +399,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+def fill(store: RocksStore, size: int) -> list[int]:
+    """Put until the disk is full; the numbers that were acknowledged."""
+    stored: list[int] = []
+    try:
+        for number in range(10_000):
+            put(store, number, size=size)
+            stored.append(number)
+    except (NodeFull, NodeRefuses):
+        assert stored
+        return stored
+    raise AssertionError("the disk never filled up")
+
+
 @pytest.mark.parametrize("size", [LARGE, 8 * KIB])
 def test_a_disk_that_fills_up_loses_nothing_and_is_used_again_when_there_is_room(
     small_disk: Path, size: int
@@ -408,12 +420,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_is_used_again_when_there_is_room
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(14 * MIB))
     store = rocks(directory)
-    stored: list[int] = []
-    with pytest.raises((NodeFull, NodeRefuses)):
-        for number in range(10_000):
-            put(store, number, size=size)
-            stored.append(number)
-    assert stored
+    stored = fill(store, size)
     assert_holds(store, *stored, size=size)
     store.close()
     ballast.unlink()
@@ -429,11 +436,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_is_used_again_when_there_is_room
 def test_the_reserve_keeps_room_for_deletes_on_a_real_disk(small_disk: Path) -> None:
     directory = small_disk / "node"
     store = rocks(directory, reserve_bytes=6 * MIB)
-    stored: list[int] = []
-    with pytest.raises(NodeFull):
-        for number in range(10_000):
-            put(store, number)
-            stored.append(number)
+    stored = fill(store, LARGE)
     assert store.delete_group([fragment_key(n) for n in stored]) == [OK] * len(stored)
     assert_counts_exact(store)
     store.close()

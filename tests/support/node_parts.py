@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -67,6 +68,15 @@ def rocks(directory: Path, **options: Any) -> RocksStore:
 async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
     """The `run` of a node whose disk takes no time."""
     return work(*arguments)
+
+
+async def until(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
+    """Let the loop run until something has come true."""
+    loop = asyncio.get_running_loop()
+    late = loop.time() + deadline_s
+    while not condition():
+        assert loop.time() < late, "waited in vain"
+        await asyncio.sleep(0.001)
 
 
 class HandClock:

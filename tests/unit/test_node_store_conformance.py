@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from node_parts import LARGE, fragment_key, noise, rocks
+
 from protocol.errors import DirectoryInUse, NodeFull, NodeRefuses
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus
