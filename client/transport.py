@@ -36,7 +36,8 @@ from protocol.limits import BATCH_BODY_BYTES_MAX, MIB
 T = TypeVar("T")
 
 _CONNECT_S = 5.0
-_SILENCE_S = 60.0
+_SILENCE_S = 25.0
+"""A third of a transfer's patience: an answer that never comes is asked for again."""
 _CALL_S = 300.0
 _KEEP_ALIVE_S = 4.0
 """Under uvicorn's five seconds, so that a connection is not reused while the server closes it."""
