@@ -90,7 +90,7 @@ def read_keyring(path: Path | None) -> Keyring | None:
     if path is None:
         return None
     try:
-        return Keyring.parse(path.read_text(encoding="ascii"), os.urandom)
+        return Keyring.parse(path.read_text(encoding="ascii"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigInvalid(f"the key file {path} cannot be read") from error
 

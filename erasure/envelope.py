@@ -107,7 +107,8 @@ def seal(
     """The stored block of a plain block that is held in `parts` of `plain_length` bytes together.
 
     The bytes are copied once, by the final join; compression and encryption each replace the
-    copy's source.  Without encryption the result is a function of the plain bytes alone.
+    copy's source.  The result is a function of the plain bytes, the current key and the release of
+    zstd: gateways that put one block at once write the same bytes.
     """
     assert sum(map(len, parts)) == plain_length <= BLOCK_BYTES_MAX
     flags = Flags.RAW
@@ -123,8 +124,8 @@ def seal(
         sealing = _NO_SEALING
     else:
         flags |= Flags.AES_256_GCM
-        nonce = keyring.new_nonce()
         associated = _pack_associated(flags, plain_length, payload_length, keyring.current_id)
+        nonce = keyring.nonce_for(associated, payload)
         payload, tag = keyring.encrypt(nonce, associated, payload)
         sealing = _SEALING.pack(nonce, tag)
     digest = xxhash.xxh3_64(associated + sealing)

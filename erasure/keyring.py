@@ -8,14 +8,17 @@ A key file is text: one key a line as 64 hex digits, `#` starts a comment.  The 
 new blocks, so rotation appends a line; a key whose blocks still exist must stay in the file.  A
 key's id is derived from the key itself, so that a wrong key can never be tried under a right id.
 
-Random 96-bit nonces allow 2^32 blocks a key (the birthday bound that NIST SP 800-38D sets for
-AES-GCM): append a new key long before that.
+Nonces are synthetic: the first 96 bits of HMAC-SHA256, under a key derived from the block key, over
+all that is encrypted.  So sealing is a function of key and content: two gateways that put one block
+into one volume write the same bytes, and a repeated nonce can only repeat the same message.  As
+with random nonces, a key is good for 2^32 blocks (NIST SP 800-38D): append one long before that.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import hmac
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -29,6 +32,7 @@ NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 
 _KEY_ID_LABEL = b"haversack key id v1\0"
+_NONCE_LABEL = b"haversack nonce key v1\0"
 
 
 class Encrypted(NamedTuple):
@@ -44,12 +48,9 @@ def key_id_of(key: bytes) -> int:
 
 
 class Keyring:
-    """AES-256-GCM under one of several keys.  Immutable; safe to share between threads.
+    """AES-256-GCM under one of several keys.  Immutable; safe to share between threads."""
 
-    `entropy(length)` returns that many unpredictable bytes (`os.urandom` outside tests).
-    """
-
-    def __init__(self, keys: Sequence[bytes], entropy: Callable[[int], bytes]) -> None:
+    def __init__(self, keys: Sequence[bytes]) -> None:
         """`keys`: 32 bytes each, the last seals.  Raises `ConfigInvalid` without a usable key."""
         if not keys:
             raise ConfigInvalid("the key file holds no key: write 64 hex digits on a line")
@@ -60,10 +61,10 @@ class Keyring:
             if self._keys.setdefault(key_id_of(key), key) != key:
                 raise ConfigInvalid(f"key {number} has the id of another key: generate a new one")
         self._current_id = key_id_of(keys[-1])
-        self._entropy = entropy
+        self._nonce_key = hashlib.sha256(_NONCE_LABEL + keys[-1]).digest()
 
     @classmethod
-    def parse(cls, text: str, entropy: Callable[[int], bytes]) -> Keyring:
+    def parse(cls, text: str) -> Keyring:
         """Read the text of a key file.  Raises `ConfigInvalid`, never quoting the line."""
         keys = []
         for number, line in enumerate(text.splitlines(), start=1):
@@ -76,7 +77,7 @@ class Keyring:
                 # Without its cause: bytes.fromhex may quote the digits.
                 raise ConfigInvalid(f"line {number} of the key file is not hex digits") from None
             keys.append(key)
-        return cls(keys, entropy)
+        return cls(keys)
 
     def __repr__(self) -> str:
         return f"Keyring({len(self._keys)} key(s), current {self._current_id:08x})"
@@ -86,11 +87,12 @@ class Keyring:
         """Id of the key that seals new blocks."""
         return self._current_id
 
-    def new_nonce(self) -> bytes:
-        """A fresh random nonce."""
-        nonce = self._entropy(NONCE_BYTES)
-        assert len(nonce) == NONCE_BYTES
-        return nonce
+    def nonce_for(self, associated: bytes, pieces: Sequence[Buffer]) -> bytes:
+        """The nonce under which the current key encrypts this message and no other."""
+        digest = hmac.new(self._nonce_key, associated, hashlib.sha256)
+        for piece in pieces:
+            digest.update(piece)
+        return digest.digest()[:NONCE_BYTES]
 
     def encrypt(self, nonce: bytes, associated: bytes, pieces: Sequence[Buffer]) -> Encrypted:
         """Encrypt `pieces` as one message under the current key; `associated` is authenticated."""

@@ -8,7 +8,7 @@ file; a new format version gets a new directory, and keeps this one.
 
     plain.bin               the plain block
     SCHEME-FORM.fragments   the n records of its stripe, one after the other, all of one length
-    manifest.json           key, nonce, names and the fields that every record must show
+    manifest.json           key, names and the fields that every record must show
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from protocol.ids import VolumeId
 
 DIRECTORY = Path(__file__).parent / "golden-v1"
 KEY = bytes(range(32))
-NONCE = bytes(range(100, 112))
 VOLUME = VolumeId(1_234_567_890_123)
 EPOCH = 42
 PLAIN = b"".join(b"%d pairs of socks in the haversack\n" % number for number in range(60))[:1501]
@@ -37,7 +36,7 @@ PLAIN = b"".join(b"%d pairs of socks in the haversack\n" % number for number in 
 
 def main() -> None:
     DIRECTORY.mkdir()
-    keyring = Keyring([KEY], lambda length: NONCE[:length])
+    keyring = Keyring([KEY])
     forms = {
         "raw": seal([PLAIN], len(PLAIN), keyring=None, compress=False),
         "zstd": seal([PLAIN], len(PLAIN), keyring=None, compress=True),
@@ -62,7 +61,6 @@ def main() -> None:
     (DIRECTORY / "plain.bin").write_bytes(PLAIN)
     manifest = {
         "key": KEY.hex(),
-        "nonce": NONCE.hex(),
         "volume": int(VOLUME),
         "epoch": EPOCH,
         "files": files,

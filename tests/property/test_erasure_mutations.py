@@ -20,7 +20,7 @@ from protocol.ids import VolumeId
 
 RANDOM = random.Random(2).randbytes(700)
 TEXT = b"forty-two socks in a haversack, " * 30
-KEYRING = Keyring([bytes(32)], random.Random(3).randbytes)
+KEYRING = Keyring([bytes(32)])
 
 STORED = [
     seal([plain], len(plain), keyring=keyring, compress=True)

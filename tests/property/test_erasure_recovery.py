@@ -18,7 +18,7 @@ from protocol.hashing import Buffer, hash_block
 from protocol.ids import VolumeId
 
 CODEC = Codec()
-KEYRING = Keyring([bytes(32)], random.Random(1).randbytes)
+KEYRING = Keyring([bytes(32)])
 
 schemes = st.one_of(
     st.builds(Scheme.rs, st.integers(2, 16), st.integers(1, 6)),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import struct
 import threading
-from collections.abc import Callable
 
 import pytest
 import xxhash
@@ -24,14 +22,8 @@ TEXT = b"".join(b"line %d of a file that compresses well\n" % line for line in r
 KEYS = [bytes([number]) * 32 for number in (1, 2)]
 
 
-def counting_entropy() -> Callable[[int], bytes]:
-    """Different bytes at each call, the same in every run."""
-    rng = random.Random(5)
-    return rng.randbytes
-
-
 def ring(*keys: bytes) -> Keyring:
-    return Keyring(keys or KEYS[:1], counting_entropy())
+    return Keyring(keys or KEYS[:1])
 
 
 def sealed(plain: bytes, *, keyring: Keyring | None = None, compress: bool = True) -> bytes:
@@ -213,7 +205,7 @@ def test_the_envelope_has_the_documented_layout() -> None:
     stored = sealed(RANDOM[:1000], keyring=ring())
     assert stored[:8] == b"HVSB\1\2\0\0"
     assert struct.unpack_from("<III", stored, 8) == (1000, 1000, key_id_of(KEYS[0]))
-    assert stored[20:32] == counting_entropy()(12)
+    assert stored[20:32] == ring().nonce_for(stored[:20], [RANDOM[:1000]])
     assert stored[48:56] == bytes(8)
     assert len(stored) == ENVELOPE_BYTES + 1000
     assert sealed(b"")[16:56] == bytes(40)
@@ -235,10 +227,19 @@ def test_many_threads_seal_and_open_at_once() -> None:
     assert failures == []
 
 
-def test_every_seal_takes_a_fresh_nonce() -> None:
-    keyring = ring()
-    nonces = {sealed(b"the same", keyring=keyring)[20:32] for _ in range(100)}
-    assert len(nonces) == 100
+def test_a_nonce_belongs_to_one_message_under_one_key() -> None:
+    """The same message is sealed the same way; whatever differs has another nonce."""
+    older, newer = ring(), ring(*KEYS)
+    assert sealed(b"the same", keyring=older) == sealed(b"the same", keyring=ring())
+    others = [
+        sealed(b"the same", keyring=newer),
+        sealed(b"the samf", keyring=older),
+        sealed(TEXT, keyring=older, compress=True),
+        sealed(TEXT, keyring=older, compress=False),
+        *(sealed(bytes(length), keyring=older, compress=False) for length in range(1, 60)),
+    ]
+    nonces = {stored[20:32] for stored in [sealed(b"the same", keyring=older), *others]}
+    assert len(nonces) == 1 + len(others)
     assert all(len(nonce) == NONCE_BYTES for nonce in nonces)
 
 
@@ -275,7 +276,7 @@ def test_a_keyring_opens_blocks_that_are_not_encrypted() -> None:
 
 def test_a_key_file_is_read_with_its_comments() -> None:
     text = f"# keys of the cell\n\n{KEYS[0].hex()}  # first\r\n {KEYS[1].hex().upper()} \n"
-    keyring = Keyring.parse(text, os.urandom)
+    keyring = Keyring.parse(text)
     assert keyring.current_id == key_id_of(KEYS[1])
     assert unseal(sealed(TEXT, keyring=ring(KEYS[0])), keyring) == TEXT
 
@@ -283,7 +284,7 @@ def test_a_key_file_is_read_with_its_comments() -> None:
 @pytest.mark.parametrize("text", ["", "# nothing\n", "abcd\n", "zz" * 32, "é" * 64, "11" * 33])
 def test_a_bad_key_file_is_refused_without_quoting_it(text: str) -> None:
     with pytest.raises(ConfigInvalid) as refused:
-        Keyring.parse(text, os.urandom)
+        Keyring.parse(text)
     content = text.strip()
     assert not content or content.startswith("#") or content not in str(refused.value)
 

@@ -27,8 +27,7 @@ EPOCH: int = MANIFEST["epoch"]
 
 
 def keyring() -> Keyring:
-    nonce = bytes.fromhex(MANIFEST["nonce"])
-    return Keyring([bytes.fromhex(MANIFEST["key"])], lambda length: nonce[:length])
+    return Keyring([bytes.fromhex(MANIFEST["key"])])
 
 
 def plain_of(name: str) -> bytes:
@@ -107,6 +106,6 @@ def test_encrypted_golden_blocks_need_their_key(name: str) -> None:
     stored = codec.decode(fragments[0].scheme, payloads, fragments[0].stored_length)
     with pytest.raises(ConfigInvalid, match="no key file"):
         unseal(stored, None)
-    stranger = Keyring([b"\1" * 32], bytes)
+    stranger = Keyring([b"\1" * 32])
     with pytest.raises(ConfigInvalid, match="put that key back"):
         unseal(stored, stranger)

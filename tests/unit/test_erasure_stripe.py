@@ -25,7 +25,9 @@ CODEC = Codec()
 PLAIN = random.Random(7).randbytes(1501)
 BLOCK = hash_block(PLAIN)
 VOLUME = VolumeId(9)
-KEYRING = Keyring([bytes(range(32))], random.Random(8).randbytes)
+KEYRING = Keyring([bytes(range(32))])
+ROTATED = Keyring([bytes(range(32)), bytes(range(1, 33))])
+"""Opens what KEYRING sealed, and seals with a newer key."""
 
 
 def fragments_of(
@@ -98,16 +100,17 @@ def test_every_choice_of_k_slots_recovers_the_block() -> None:
 
 
 def test_headers_of_one_stripe_agree_and_those_of_two_seals_do_not() -> None:
-    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=KEYRING)
+    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=ROTATED)
     assert len({fragment.stripe_tag for fragment in first.values()}) == 1
     assert first[0].stripe_tag != second[0].stripe_tag
     assert {fragment.plain_length for fragment in first.values()} == {len(PLAIN)}
     assert {fragment.epoch for fragment in first.values()} == {3}
 
 
-def test_without_encryption_two_puts_of_one_block_write_the_same_records() -> None:
-    """So a repeated put over half a stripe cannot leave a mixture."""
-    stored = [seal([PLAIN], len(PLAIN), keyring=None, compress=True) for _ in range(2)]
+@pytest.mark.parametrize("keyring", [None, KEYRING], ids=["plain", "encrypted"])
+def test_two_puts_of_one_block_write_the_same_records(keyring: Keyring | None) -> None:
+    """So writers that meet in one volume cannot leave a mixture of two seals."""
+    stored = [seal([PLAIN], len(PLAIN), keyring=keyring, compress=True) for _ in range(2)]
     first, second = (make_stripe(CODEC, RS, BLOCK, VOLUME, 3, bytes_) for bytes_ in stored)
     assert first == second
 
@@ -187,19 +190,19 @@ def test_fragments_of_another_scheme_are_set_aside() -> None:
 
 @pytest.mark.parametrize("of_second", [1, 2, 3])
 def test_a_mixture_of_two_seals_is_read_from_the_one_that_is_complete(of_second: int) -> None:
-    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=KEYRING)
+    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=ROTATED)
     mixed = {slot: second[slot] if slot < of_second else first[slot] for slot in first}
-    recovered = recover(mixed, keyring=KEYRING)
+    recovered = recover(mixed, keyring=ROTATED)
     assert recovered.plain == PLAIN
     assert recovered.liars == tuple(range(of_second))
 
 
 def test_a_mixture_without_k_of_either_seal_is_unreadable_and_never_decoded_together() -> None:
-    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=KEYRING)
+    first, second = fragments_of(keyring=KEYRING), fragments_of(keyring=ROTATED)
     mixed = {slot: second[slot] if slot < 4 else first[slot] for slot in first}
     counting = CountingCodec()
     with pytest.raises(BlockUnreadable):
-        recover(mixed, keyring=KEYRING, codec=counting)
+        recover(mixed, keyring=ROTATED, codec=counting)
     assert counting.decodes == 0
 
 
