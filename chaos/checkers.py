@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chaos.evidence import (
@@ -349,6 +349,25 @@ def no_update_is_lost(ledger: Ledger) -> list[Violation]:
 
 
 # -- progress --------------------------------------------------------------------------------------
+
+
+def requests_are_answered(
+    ledger: Ledger, deadline_s: float, excused: Callable[[Operation], bool]
+) -> list[Violation]:
+    """Liveness: a client waits for its whole deadline in vain only while the gateway, or the
+    network in front of it, was in trouble (`excused`)."""
+    return [
+        Violation(
+            "requests_are_answered",
+            f"operation {operation.number}",
+            f"{operation.kind.value} by {operation.client} was not answered: {operation.error}",
+        )
+        for operation in ledger.operations
+        if operation.outcome is Outcome.UNKNOWN
+        and operation.finished
+        and operation.ended - operation.started >= deadline_s
+        and not excused(operation)
+    ]
 
 
 def operations_end(ledger: Ledger, seconds_max: float) -> list[Violation]:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chaos.budget import FaultAtlas, Impairments
+from chaos.checkers import Violation, receipts_are_of_this_life
 from chaos.evidence import LeaseGranted, NodeEvent, WriteAcknowledged
 from chaos.sim.clock import VirtualClock
 from chaos.sim.database import SimDatabase, copy_databases
 from chaos.sim.disk import SimDisk
-from chaos.sim.gateway import GatewayParts, SimGateway
+from chaos.sim.gateway import GatewayParts, SimGateway, watched
 from chaos.sim.host import Host, Life
 from chaos.sim.inspect import Inspector
 from chaos.sim.loop import SimLoop
@@ -32,6 +34,7 @@ from chaos.sim.port import SimPort
 from chaos.sim.process import SimProcess
 from chaos.sim.trace import Trace
 from cluster.block_client_settings import BlockClientSettings
+from cluster.block_index import NewBlock, RecordOutcome
 from cluster.cell import NodeSpec, add_nodes, create_cell
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
@@ -59,6 +62,7 @@ class Parts:
     """The classes a cell is made of; tests replace one by a mutant."""
 
     gateway: GatewayParts = field(default_factory=GatewayParts)
+    placement: type[PlacementService] = PlacementService
     node: type[StorageNode] = StorageNode
     make_store: Callable[[Disk], FragmentStore] = MemoryStore
 
@@ -88,6 +92,8 @@ class SimCell:
         self.hosts: dict[str, Host] = {}
         self.gateways: dict[str, SimGateway] = {}
         self.tokens: dict[str, str] = {}
+        self.receipt_faults: Callable[[list[Violation]], None] = lambda _: None
+        """Told of every comparison of receipts with the node table."""
         self.restarts = 0
         self._directory = directory
         self._codec = codec
@@ -291,7 +297,7 @@ class SimCell:
         self._guard(host, life, node.main())
 
     def _start_placement(self, host: Host, life: Life) -> None:
-        service = PlacementService(
+        service = self._parts.placement(
             self._open_database(host, life, "cell.db"),
             host.clock,
             host.rng("service"),
@@ -309,8 +315,10 @@ class SimCell:
         self._guard(host, life, main())
 
     def _start_gateway(self, host: Host, life: Life) -> None:
+        parts = self._parts.gateway
+        index_class = watched(parts.block_index, self._watch_puts)
         gateway = SimGateway(
-            self._parts.gateway,
+            dataclasses.replace(parts, block_index=index_class),
             self._open_database(host, life, "cell.db"),
             self._open_database(host, life, "metadata.db"),
             lambda view: self._connect(life.process, view),
@@ -368,6 +376,21 @@ class SimCell:
         elif answered.method == "put" and ItemStatus.OK in answered.result.statuses:
             incarnation = answered.result.incarnation
             self.node_events.append(WriteAcknowledged(node_id, life, incarnation, now))
+
+    def _watch_puts(self, entries: Sequence[NewBlock]) -> Callable[[Sequence[RecordOutcome]], None]:
+        """Compare the receipts of what gets recorded with the node table as it was before."""
+        receipts = {receipt.node_id for entry in entries for receipt in entry.receipts}
+        known = {node: self.inspector.node_incarnation(node) for node in sorted(receipts)}
+
+        def judge(outcomes: Sequence[RecordOutcome]) -> None:
+            for entry, outcome in zip(entries, outcomes, strict=True):
+                if outcome is RecordOutcome.NEW:
+                    for _, node_id, incarnation in entry.receipts:
+                        self.receipt_faults(
+                            receipts_are_of_this_life(node_id, incarnation, known[node_id])
+                        )
+
+        return judge
 
     def _node_has_lease(self, node_id: NodeId) -> None:
         host = self.hosts[node_id]

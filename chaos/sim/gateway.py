@@ -15,7 +15,7 @@ from typing import Any
 from chaos.workloads import EntrySeen
 from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings
-from cluster.block_index import BlockIndex
+from cluster.block_index import BlockIndex, NewBlock, RecordOutcome
 from cluster.node_pool import NodePool
 from cluster.topology import NodeView
 from cluster.volume_map import VolumeMap
@@ -44,7 +44,25 @@ class GatewayParts:
     block_index: type[BlockIndex] = BlockIndex
     block_client: type[BlockClient] = BlockClient
     volume_map: type[VolumeMap] = VolumeMap
+    node_pool: type[NodePool] = NodePool
     tree: type[Tree] = Tree
+
+
+WatchPuts = Callable[[Sequence[NewBlock]], Callable[[Sequence[RecordOutcome]], None]]
+"""Told of blocks before they are recorded; what it returns is told of the outcomes."""
+
+
+def watched(base: type[BlockIndex], watch: WatchPuts) -> type[BlockIndex]:
+    """The same index, with a checker looking over its shoulder."""
+
+    class WatchedIndex(base):  # type: ignore[misc, valid-type]
+        async def record_puts(self, entries: Sequence[NewBlock]) -> list[RecordOutcome]:
+            judge = watch(entries)
+            outcomes: list[RecordOutcome] = await super().record_puts(entries)
+            judge(outcomes)
+            return outcomes
+
+    return WatchedIndex
 
 
 class SimGateway:
@@ -64,7 +82,7 @@ class SimGateway:
     ) -> None:
         self.index = parts.block_index(cell_db, clock)
         self.map = parts.volume_map(cell_db, clock)
-        self.pool = NodePool(self.map, connect, clock, rng)
+        self.pool = parts.node_pool(self.map, connect, clock, rng)
         self.blocks = parts.block_client(
             self.index, self.map, self.pool, codec, None, clock, rng, run, settings
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from chaos import checkers
 from chaos.checkers import Seen, Violation
+from chaos.evidence import Stripe, Version
 from chaos.ledger import Kind, Ledger, Operation, Outcome
 from chaos.sim.cell import SimCell
 from protocol.hashing import Buffer
@@ -23,6 +24,10 @@ CLOCK_SKEW_MAX_S = 2 * 3600.0
 EXCUSE_GRACE_S = 20.0
 """After a process works again, the others may need this long to trust it again: the longest
 back-off of `cluster.node_pool`, and a little."""
+
+
+ANSWER_SLACK_S = 10.0
+"""Over a client's deadline."""
 
 
 class SafetyViolation(Exception):
@@ -46,6 +51,7 @@ class SimJudge:
         self.checks: Counter[str] = Counter()
         self.excused_reads = 0
         self.seen: list[Seen] = []
+        cell.receipt_faults = lambda found: self.rule("receipts_are_of_this_life", found)
 
     def rule(self, checker: str, violations: Sequence[Violation]) -> None:
         """Count a check; end the run if it found something."""
@@ -115,33 +121,32 @@ class SimJudge:
 
     def _block_is_whole(self, block: BlockHash) -> None:
         stripe = self._cell.inspector.stripe(block)
+        self.rule("acknowledged_block_is_whole", self._whole(block, stripe))
+
+    def _whole(self, block: BlockHash, stripe: Stripe | None) -> list[Violation]:
         length = self._ledger.blocks[block].length
-        self.rule(
-            "acknowledged_block_is_whole",
-            checkers.acknowledged_block_is_whole(block, length, stripe),
-        )
+        return checkers.acknowledged_block_is_whole(block, length, stripe)
 
     # -- at the end ----------------------------------------------------------------------------
 
-    def judge_rows(self, operation_s_max: float) -> None:
-        """Everything that can be seen without asking the cell."""
+    def judge_rows(self, deadline_s: float) -> None:
+        """Everything that can be seen without asking the cell.  Collects all violations.
+
+        `deadline_s` is what clients wait for one answer.
+        """
         inspector, ledger = self._cell.inspector, self._ledger
-        for block in ledger.acknowledged_blocks():
-            self._block_is_whole(block)
         stripes, versions = inspector.stripes(), inspector.versions()
-        live = {(version.owner, version.path): version for version in versions if version.current}
-        now = self._cell.loop.time()
-        paths = {
-            (operation.owner, operation.path): None
-            for operation in ledger.of_kind(Kind.COMMIT, Kind.DELETE)
-        }
-        final = [
-            Seen(owner, path, version.rev, version.blocks, now, now)
-            if (version := live.get((owner, path))) is not None
-            else Seen(owner, path, None, (), now, now)
-            for owner, path in paths
-        ]
+        looks = [*self.seen, *self._final_looks(versions)]
+        found: list[Violation] = []
         for name, violations in (
+            (
+                "acknowledged_block_is_whole",
+                [
+                    violation
+                    for block in ledger.acknowledged_blocks()
+                    for violation in self._whole(block, stripes.get(block))
+                ],
+            ),
             ("failed_puts_left_nothing", checkers.failed_puts_left_nothing(ledger, stripes)),
             (
                 "versions_reference_present_blocks",
@@ -152,19 +157,43 @@ class SimJudge:
                 "reference_counts_match",
                 checkers.reference_counts_match(versions, inspector.references()),
             ),
-            (
-                "paths_hold_a_last_write",
-                checkers.paths_hold_a_last_write(ledger, [*self.seen, *final]),
-            ),
+            ("paths_hold_a_last_write", checkers.paths_hold_a_last_write(ledger, looks)),
             ("no_update_is_lost", checkers.no_update_is_lost(ledger)),
             (
                 "writers_hold_their_lease",
                 checkers.writers_hold_their_lease(self._cell.node_events),
             ),
         ):
-            self.rule(name, violations)
-        late = checkers.operations_end(ledger, operation_s_max)
+            self.checks[name] += 1
+            found.extend(violations)
+        if found:
+            raise SafetyViolation(found)
+        self._judge_progress(deadline_s)
+
+    def _final_looks(self, versions: Sequence[Version]) -> list[Seen]:
+        """What each path that was written to holds now."""
+        live = {(version.owner, version.path): version for version in versions if version.current}
+        now = self._cell.loop.time()
+        written = {
+            (operation.owner, operation.path): None
+            for operation in self._ledger.of_kind(Kind.COMMIT, Kind.DELETE)
+        }
+        looks = []
+        for owner, path in written:
+            version = live.get((owner, path))
+            rev, blocks = (None, ()) if version is None else (version.rev, version.blocks)
+            looks.append(Seen(owner, path, rev, blocks, now, now))
+        return looks
+
+    def _judge_progress(self, deadline_s: float) -> None:
+        def excused(operation: Operation) -> bool:
+            touched = self._cell.impairments.touched(operation.started, operation.ended)
+            return any(name.startswith(("gateway", "network")) for name in touched)
+
+        late = checkers.operations_end(self._ledger, deadline_s + ANSWER_SLACK_S)
+        late += checkers.requests_are_answered(self._ledger, deadline_s, excused)
         self.checks["operations_end"] += 1
+        self.checks["requests_are_answered"] += 1
         if late:
             raise LivenessViolation("; ".join(str(violation) for violation in late[:5]))
 
