@@ -31,7 +31,7 @@ from protocol.errors import (
     UnknownOutcome,
 )
 from protocol.hashing import Buffer
-from protocol.limits import BATCH_BODY_BYTES_MAX, MIB
+from protocol.limits import BATCH_BODY_BYTES_MAX, KIB, MIB
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ _CALL_S = 300.0
 _KEEP_ALIVE_S = 4.0
 """Under uvicorn's five seconds, so that a connection is not reused while the server closes it."""
 _ANSWER_BYTES_MAX = 4 * BATCH_BODY_BYTES_MAX
-_WRITE_BYTES = 1 * MIB
+_WRITE_BYTES = 256 * KIB
 _READ_BUFFER_BYTES = 1 * MIB
 
 
@@ -206,10 +206,12 @@ class _Parts(aiohttp.payload.Payload):
         self._size = sum(part.nbytes for part in self._parts)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        """Send everything; waits whenever the socket is full."""
+        """Send everything; waits whenever the socket is full, but not for a server that has stopped
+        reading (aiohttp's own timeout begins when the body is sent)."""
         for part in self._parts:
             for start in range(0, part.nbytes, _WRITE_BYTES):
-                await writer.write(part[start : start + _WRITE_BYTES])
+                async with asyncio.timeout(_SILENCE_S):
+                    await writer.write(part[start : start + _WRITE_BYTES])
 
     async def write_with_length(
         self, writer: AbstractStreamWriter, content_length: int | None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from client.entries import Entry, EntryKind
 from client.report import ItemFailure, ItemNote, local_error
 from protocol.errors import InvalidPath
-from protocol.hashing import hash_parts
+from protocol.hashing import hash_block
 from protocol.ids import BlockHash
 from protocol.limits import (
     BATCH_BLOCKS_MAX,
@@ -131,10 +131,10 @@ def standing_at(standing: Mapping[str, RemoteState], path: str) -> RemoteState |
 def fingerprint(blocks: Sequence[BlockHash], content: bytes | None, symlink: str | None) -> bytes:
     """32 bytes that two versions share only if their contents are the same."""
     if symlink is not None:
-        return hash_parts([b"symlink", symlink.encode()])
+        return hash_block(b"symlink" + symlink.encode())
     if content is not None:
-        return hash_parts([b"content", content])
-    return hash_parts([b"blocks", *blocks])
+        return hash_block(b"content" + content)
+    return hash_block(b"".join((b"blocks", *blocks)))
 
 
 def cut_windows(files: Sequence[tuple[int, int]], window_bytes_max: int) -> Iterator[Window]:

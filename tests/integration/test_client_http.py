@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import AsyncIterator
@@ -196,6 +197,40 @@ async def test_no_server_is_told_as_such_after_bounded_attempts(cell: ScriptedCe
             await client.account()
         assert not await client.is_ready()
     assert len(clock.slept) == 2 * (FAST.attempts_max - 1)
+
+
+async def test_a_server_that_falls_silent_is_given_up_and_asked_again(
+    cell: ScriptedCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.transport._SILENCE_S", 0.2)
+    cell.script.append(Fault("GET /v1/account", "hang", times=2))
+    async with HaversackClient(cell.url, TOKEN, policy=FAST) as client:
+        assert (await client.account())["name"] == "admin"
+        assert len(cell.requests) == 3
+        cell.script.append(Fault("GET /v1/account", "hang", times=99))
+        with pytest.raises(ServerUnreachable, match="no answer in time"):
+            await client.account()
+
+
+async def test_a_server_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.transport._SILENCE_S", 0.2)
+    connections: list[asyncio.StreamWriter] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    blocks = [block_of(BLOCK_BYTES_MAX) for _ in range(4)]
+    async with HaversackClient(f"http://127.0.0.1:{port}", TOKEN, policy=FAST) as client:
+        with pytest.raises(ServerUnreachable):
+            await client.put_blocks(blocks)  # 16 MiB: more than the sockets' buffers take
+    assert len(connections) == FAST.attempts_max
+    for writer in connections:
+        writer.transport.abort()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_a_server_that_comes_back_is_used_again(cell: ScriptedCell) -> None:
