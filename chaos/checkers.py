@@ -178,6 +178,23 @@ def _write_faults(event: WriteAcknowledged, lease: _Lease | None, highest: int) 
         yield f"acknowledged as incarnation {event.incarnation} after {highest}"
 
 
+def incarnation_is_durable(
+    node_id: NodeId, events: Iterable[NodeEvent], durable: int
+) -> list[Violation]:
+    """Invariant 4: what a node remembers on its disk is no older than any incarnation it
+    acknowledged a write in, or it could be led back to an earlier one by a restart."""
+    acknowledged = [
+        event.incarnation
+        for event in events
+        if isinstance(event, WriteAcknowledged) and event.node_id == node_id
+    ]
+    newest = max(acknowledged, default=0)
+    if newest <= durable:
+        return []
+    message = f"acknowledged writes as incarnation {newest}; its disk says {durable}"
+    return [Violation("incarnation_is_durable", str(node_id), message)]
+
+
 def receipts_are_of_this_life(
     node_id: NodeId, receipt_incarnation: int, table_incarnation: int
 ) -> list[Violation]:

@@ -9,6 +9,7 @@ the edges where bugs live.  May not import the engine.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class WorkloadPlan:
     """Probability that a put sends bytes that somebody has put before."""
     large: float
     """Probability of a block of up to 4 MiB: they cost most of the time of a run."""
+    bursts: bool
+    """All clients act at the same instants, so that they meet on the same blocks and paths."""
 
     @staticmethod
     def draw(rng: random.Random, operations: int, seconds: float) -> WorkloadPlan:
@@ -105,6 +108,7 @@ class WorkloadPlan:
             paths=rng.randint(3, 12),
             reuse=rng.uniform(0.1, 0.5),
             large=rng.choice([0.0, 0.0, 0.0, 0.02]),
+            bursts=rng.random() < 0.4,
         )
 
 
@@ -115,6 +119,7 @@ class SharedWorld:
     ledger: Ledger
     judge: Judge
     plan: WorkloadPlan
+    now: Callable[[], float]
     contents: list[Content] = field(default_factory=list)
     stored: dict[str, list[BlockHash]] = field(default_factory=dict)
     """Per owner, blocks it was told are stored."""
@@ -162,9 +167,15 @@ class Client:
         weights = self._world.plan.weights
         names = list(weights)
         while not stopped():
-            await self._sleep(self._rng.expovariate(1.0 / self._world.plan.think_mean_s))
+            await self._sleep(self._pause_s())
             (name,) = self._rng.choices(names, [weights[name] for name in names])
             await self._actions[name]()
+
+    def _pause_s(self) -> float:
+        mean_s = self._world.plan.think_mean_s
+        if self._world.plan.bursts:
+            return mean_s - math.fmod(self._world.now(), mean_s)
+        return self._rng.expovariate(1.0 / mean_s)
 
     # -- blocks --------------------------------------------------------------------------------
 

@@ -275,9 +275,13 @@ class StorageNode:
         keys = list(dict.fromkeys(key for group in groups for key in group))
         return dict(zip(keys, self._held_store().delete_group(keys), strict=True))
 
-    def _set_state(self, groups: list[dict[str, bytes]]) -> None:
-        for values in groups:
-            self._held_store().put_state(values)
+    def _adopt(self, incarnations: list[int]) -> None:
+        """The highest ever offered stays durable, in whatever order leases reach the disk."""
+        store = self._held_store()
+        written = store.get_state(_INCARNATION)
+        highest = max(incarnations)
+        if written is None or highest > int.from_bytes(written, "big"):
+            store.put_state({_INCARNATION: highest.to_bytes(8, "big")})
 
     async def _load_epoch(self, volume: VolumeId) -> int:
         written = await self._use(self._held_store().get_state, _epoch_name(volume))
@@ -381,7 +385,7 @@ class StorageNode:
                 {"node": self.node_id, "incarnation": self._incarnation},
             )
         if incarnation > self._incarnation:
-            await self._write(self._set_state, {_INCARNATION: incarnation.to_bytes(8, "big")}, 0)
+            await self._write(self._adopt, incarnation, 0)
             if incarnation > self._incarnation:
                 self._incarnation = incarnation
                 self._lease_until = float("-inf")

@@ -370,7 +370,7 @@ class SimCell:
         node_id, life, now = node.node.node_id, node.life, node.clock.monotonic()
         if answered.method == "lease":
             incarnation, lease_s = answered.args
-            if answered.result.state == "serving":
+            if answered.result.state == "serving" and answered.result.incarnation == incarnation:
                 self.node_events.append(LeaseGranted(node_id, life, incarnation, now, lease_s))
                 self._node_has_lease(node_id)
         elif answered.method == "put" and ItemStatus.OK in answered.result.statuses:

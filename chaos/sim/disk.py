@@ -89,6 +89,10 @@ class SimDisk:
         entry = self.disk.entries.get(key.pack())
         return None if entry is None else entry.record
 
+    def incarnation(self) -> int:
+        """The newest that a node adopted on this disk; 0 for none."""
+        return int.from_bytes(self.disk.state.get("incarnation", b""), "big")
+
     def stored_keys(self) -> list[FragmentKey]:
         """All keys on the disk, in key order."""
         return [FragmentKey.unpack(key) for key in self.disk.keys]

@@ -163,6 +163,16 @@ class SimJudge:
                 "writers_hold_their_lease",
                 checkers.writers_hold_their_lease(self._cell.node_events),
             ),
+            (
+                "incarnation_is_durable",
+                [
+                    violation
+                    for node, disk in self._cell.disks.items()
+                    for violation in checkers.incarnation_is_durable(
+                        node, self._cell.node_events, disk.incarnation()
+                    )
+                ],
+            ),
         ):
             self.checks[name] += 1
             found.extend(violations)

@@ -103,6 +103,19 @@ def _calm(options: Options) -> Options:
     return dataclasses.replace(options, nemesis=plan)
 
 
+def _contended(options: Options) -> Options:
+    """Few paths, no pauses to speak of: every commit races with another."""
+    workload = dataclasses.replace(
+        options.workload,
+        weights={"put": 2.0, "commit": 6.0, "entry": 1.0, "delete": 1.0},
+        clients=6,
+        paths=2,
+        think_mean_s=0.2,
+        bursts=True,
+    )
+    return dataclasses.replace(_calm(options), workload=workload, fault_s=20.0, quiet_s=5.0)
+
+
 def _idle(options: Options) -> Options:
     calm = _calm(options)
     return dataclasses.replace(calm, quiet_s=4 * 3600.0)
@@ -112,6 +125,7 @@ SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
     "mixed": lambda options: options,
     "calm": _calm,
     "idle": _idle,
+    "contended": _contended,
     "kill_m": lambda options: _only(
         options, FaultKind.KILL, FaultKind.KILL_AT_STEP, FaultKind.KILL_AT_DISK, gap_s=5.0
     ),

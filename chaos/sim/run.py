@@ -149,7 +149,7 @@ class SimRun:
 
     async def _fault_phase(self) -> None:
         self.trace.record("run", "faults begin")
-        world = SharedWorld(self.ledger, self.judge, self.options.workload)
+        world = SharedWorld(self.ledger, self.judge, self.options.workload, self.loop.time)
         clients = [
             asyncio.create_task(self._client(number, world).run(lambda: self._stopped))
             for number in range(self.options.workload.clients)

@@ -1,0 +1,126 @@
+"""A scoreboard of zeros proves nothing until the same harness has been seen to fail.
+
+Every planted defect must be found, by the checker that is there for it, within a few seeds; the
+same seeds pass without the defect.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import sim_mutants as mutants
+
+import cluster.block_index
+import metadata.batch
+from chaos.sim.cell import Parts
+from chaos.sim.gateway import GatewayParts
+from chaos.sim.run import Report, Verdict, simulate
+
+SEEDS = range(1, 13)
+"""How many seeds a defect may hide from."""
+
+
+class Defect(NamedTuple):
+    """Where it is planted, under what trouble it shows, and who must find it."""
+
+    parts: Parts
+    scenario: str
+    finder: str
+    verdict: Verdict = Verdict.SAFETY
+
+
+def _gateway(**classes: type) -> Parts:
+    return Parts(gateway=GatewayParts(**classes))
+
+
+DEFECTS = {
+    "a store acknowledges before it is durable": Defect(
+        Parts(make_store=mutants.AcksBeforeDurable), "calm", "acknowledged_block_is_whole"
+    ),
+    "a store never syncs": Defect(
+        Parts(make_store=mutants.NeverSyncs), "kill_m", "lost_block_is_excused"
+    ),
+    "a node ignores the incarnation": Defect(
+        Parts(node=mutants.IgnoresIncarnation), "zombies", "writers_hold_their_lease"
+    ),
+    "a node ignores its lease": Defect(
+        Parts(node=mutants.IgnoresLease), "zombies", "writers_hold_their_lease"
+    ),
+    "a client counts sends as acknowledgements": Defect(
+        _gateway(node_pool=mutants.CountsSends), "kill_m", "acknowledged_block_is_whole"
+    ),
+    "the index forgets debts": Defect(
+        _gateway(block_index=mutants.ForgetsDebts), "kill_m", "acknowledged_block_is_whole"
+    ),
+    "an unknown commit of the index is taken for a success": Defect(
+        _gateway(block_index=mutants.TakesUnknownForSuccess), "sql", "acknowledged_block_is_whole"
+    ),
+    "an unknown commit of the index is taken for a failure": Defect(
+        _gateway(block_index=mutants.TakesUnknownForFailure), "sql", "failed_puts_left_nothing"
+    ),
+    "a put gives no claim": Defect(
+        _gateway(tree=mutants.IgnoresClaims), "calm", "own_blocks_may_be_referenced"
+    ),
+    "another block's bytes are served": Defect(
+        _gateway(block_client=mutants.ServesOldBytes), "calm", "served_bytes_are_the_blocks"
+    ),
+    "a read gives up although parity is there": Defect(
+        _gateway(block_client=mutants.GivesUpOnParity), "bit_rot", "lost_block_is_excused"
+    ),
+    "a node that failed once is never read again": Defect(
+        _gateway(node_pool=mutants.NeverForgives), "kill_m", "read_is_served_or_excused"
+    ),
+    "the hash alone authorises": Defect(
+        _gateway(tree=mutants.TrustsTheHash), "calm", "references_are_authorised"
+    ),
+    "the last writer wins": Defect(
+        _gateway(tree=mutants.LastWriterWins), "contended", "no_update_is_lost"
+    ),
+    "a failed commit is answered as made": Defect(
+        _gateway(tree=mutants.AcksBeforeCommit), "sql", "paths_hold_a_last_write"
+    ),
+    "a put waits for ever for a dead node": Defect(
+        _gateway(node_pool=mutants.WaitsForEver),
+        "lost_disks",
+        "requests_are_answered",
+        Verdict.LIVENESS,
+    ),
+    "a node that was down stays down": Defect(
+        Parts(placement=mutants.NeverWelcomesBack), "kill_m", "not converged", Verdict.LIVENESS
+    ),
+    "a node has a bug": Defect(
+        Parts(node=mutants.DividesByZero), "calm", "ZeroDivisionError", Verdict.CRASH
+    ),
+}
+
+
+def _first_failure(defect: Defect) -> Report | None:
+    for seed in SEEDS:
+        report = simulate(seed, defect.scenario, parts=defect.parts)
+        if report.verdict is not Verdict.PASSED:
+            return report
+    return None
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_found_by_its_checker(name: str) -> None:
+    defect = DEFECTS[name]
+    report = _first_failure(defect)
+    assert report is not None, f"{name}: not found by seeds {SEEDS.start} to {SEEDS.stop - 1}"
+    assert report.verdict is defect.verdict, report.finding
+    assert defect.finder in report.finding, report.finding
+
+
+def test_counters_that_are_not_kept_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata.batch, "add_references", lambda *_: None)
+    report = _first_failure(Defect(Parts(), "calm", ""))
+    assert report is not None
+    assert "reference_counts_match" in report.finding
+
+
+def test_an_index_that_does_not_compare_receipts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.block_index, "_receipts_hold", lambda *_: True)
+    report = _first_failure(Defect(Parts(), "zombies", ""))
+    assert report is not None
+    assert "receipts_are_of_this_life" in report.finding
