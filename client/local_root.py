@@ -16,6 +16,7 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ _NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
 _NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 _TEMPORARY = ".haversack-{}.part"
+_CLOSED = -1
 
 
 class Standing(enum.Enum):
@@ -57,10 +59,16 @@ class FileContent(NamedTuple):
 
 
 class LocalRoot:
-    """An open local folder, created if need be.  Raises `LocalFileError`."""
+    """An open local folder, created if need be.  Raises `LocalFileError`.
+
+    May be closed while threads still work in it (their caller was cancelled): what they hold stays
+    theirs, and what they ask for next is refused, rather than done to whatever the number of our
+    descriptor means by then.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._lock = threading.Lock()
         try:
             os.makedirs(path, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -68,8 +76,11 @@ class LocalRoot:
             raise local_error(path, error) from error
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._descriptor)
+        """Close the descriptor.  Idempotent."""
+        with self._lock:
+            if self._descriptor != _CLOSED:
+                os.close(self._descriptor)
+                self._descriptor = _CLOSED
 
     def shown(self, parts: Parts) -> str:
         """A path for messages."""
@@ -79,7 +90,8 @@ class LocalRoot:
     def folder(self, parts: Parts, *, make: bool) -> Iterator[int]:
         """Descriptor of a folder below the root.  Raises `FileNotFoundError` where it is absent and
         not to be made, `OSError` where a symlink or a file stands in the way."""
-        descriptor = os.dup(self._descriptor)
+        with self._lock:
+            descriptor = os.dup(self._descriptor)  # EBADF once closed
         try:
             for part in parts:
                 below = _open_folder(descriptor, part, make)
@@ -173,14 +185,16 @@ class NewFile:
     """A file without a name (`O_TMPFILE`), or with a temporary one where the file system cannot.
 
     `finish` gives it its own name; `close` drops what is not finished.  A nameless file leaves
-    nothing behind when the process is killed, and costs half of what a renamed one does.  Every
-    method raises `LocalFileError`; `finish` also `PathOccupied`.
+    nothing behind when the process is killed, and costs half of what a renamed one does.  `close`
+    may come while another thread writes: it waits, and later writes are refused.  Every method
+    raises `LocalFileError`; `finish` also `PathOccupied`.
     """
 
     def __init__(self, root: LocalRoot, parts: Parts, executable: bool) -> None:
         self._root = root
         self._parts = parts
         self._temporary: str | None = None
+        self._lock = threading.Lock()
         self._resources = contextlib.ExitStack()
         self.length = 0
         with self._refusals():
@@ -206,7 +220,7 @@ class NewFile:
 
     def write(self, data: Buffer) -> None:
         """Append."""
-        with self._refusals():
+        with self._lock, self._refusals():
             left = memoryview(data)
             while left:
                 left = left[os.write(self._descriptor, left) :]
@@ -214,7 +228,7 @@ class NewFile:
 
     def finish(self, mtime_ns: int, overwrite: bool) -> None:
         """Sync, and give the file its name; nothing but a complete file ever has it."""
-        with self._refusals():
+        with self._lock, self._refusals():
             os.utime(self._descriptor, ns=(mtime_ns, mtime_ns))
             os.fsync(self._descriptor)
             if self._temporary is None:
@@ -223,8 +237,10 @@ class NewFile:
                 _place(self._folder, self._temporary, self._parts[-1], overwrite)
 
     def close(self) -> None:
-        """Drop what is not finished, release the descriptors."""
-        self._resources.close()
+        """Drop what is not finished, release the descriptors.  Idempotent."""
+        with self._lock:
+            self._resources.close()
+            self._descriptor = _CLOSED
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from scripted_server import (
 )
 
 from client.api import HaversackClient
+from client.local_root import FileContent, LocalRoot, NewFile
 from client.retry import RetryPolicy
 from client.transfer import (
     TransferOptions,
@@ -851,3 +852,28 @@ async def test_identical_files_are_fetched_once(
     report = await download_tree(client, "/r", str(tmp_path / "back"))
     assert report.complete
     assert seen(tmp_path / "back") == seen(root)
+
+
+def test_a_root_or_a_file_that_was_closed_refuses_to_write(tmp_path: Path) -> None:
+    """As happens to threads whose transfer was cancelled; never to whatever was opened since."""
+    root = LocalRoot(str(tmp_path / "root"))
+    new = NewFile(root, ("file",), False)
+    new.write(b"some")
+    root.close()
+    root.close()
+    new.write(b"thing")
+    other = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    content = FileContent(("small",), 1, 0, False, (), b"x")
+    assert [type(error) for error in root.write_files([(content, b"x")], False)] == [LocalFileError]
+    new.close()
+    new.close()
+    victim = os.open(tmp_path / "victim", os.O_CREAT | os.O_WRONLY)
+    with pytest.raises(LocalFileError):
+        new.write(b"more")
+    with pytest.raises(LocalFileError):
+        new.finish(0, True)
+    os.close(victim)
+    os.close(other)
+    assert (tmp_path / "victim").read_bytes() == b""
+    assert list((tmp_path / "root").iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"root", "victim"}
