@@ -233,6 +233,7 @@ class SimCell:
         if zombie in host.zombies:
             self.trace.record(host.name, "kill-zombie", zombie.number)
             host.zombies.remove(zombie)
+            self.impair(host.name, "zombie killed")
             self._end_life(zombie)
 
     def retire(self, name: str, why: str) -> None:
