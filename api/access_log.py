@@ -27,14 +27,17 @@ class AccessLog:
         self._slow_s = slow_s
         self._log = structlog.get_logger()
 
-    def answered(self, call: Call, template: str, status: int, seconds: float) -> None:
-        """Called after every request."""
-        slow = seconds > self._slow_s
+    def answered(
+        self, call: Call, template: str, status: int, worked_s: float, seconds: float
+    ) -> None:
+        """Called after every request.  Only time we worked can be slow, not what the peer took."""
+        slow = worked_s > self._slow_s
         if not (self._all or slow or status >= 500 or status in PROBLEM_STATUSES):
             return
         write = self._log.error if status >= 500 else self._log.info
         fields = _fields(call, template)
-        write("request", status=status, seconds=round(seconds, 4), slow=slow, **fields)
+        times = {"worked_s": round(worked_s, 4), "seconds": round(seconds, 4)}
+        write("request", status=status, slow=slow, **times, **fields)
 
     def failed(self, call: Call, template: str) -> None:
         """An exception that nobody foresaw: called inside its `except` block."""

@@ -58,24 +58,17 @@ class GatewayApp(FastAPI):
 
     def _make_routes(self) -> list[Route]:
         services = self._services
-        settings = services.settings
         authority = Authority(services.tree, services.index)
-        uploads = ByteBudget("uploads", settings.body_bytes_max, settings.queue_wait_s)
-        downloads = ByteBudget("downloads", settings.body_bytes_max, settings.queue_wait_s)
         blocks = BlockRoutes(
             services.blocks,
             services.index,
             authority,
-            uploads,
-            downloads,
             services.metrics.blocks,
             services.run,
         )
         batches = BatchRoutes(
             services.blocks,
             authority,
-            uploads,
-            downloads,
             services.metrics.blocks,
             services.run,
         )
@@ -94,14 +87,16 @@ class GatewayApp(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """The gate; what is not HTTP (start-up and shut-down) goes to FastAPI's router."""
-        services = self._services
+        services, settings = self._services, self._services.settings
         return Gate(
             self.router,
             self.api_routes,
             authenticator=Authenticator(services.accounts, services.clock),
             turns=self._turns,
+            uploads=ByteBudget("uploads", settings.body_bytes_max, settings.queue_wait_s),
+            downloads=ByteBudget("downloads", settings.body_bytes_max, settings.queue_wait_s),
             metrics=services.metrics.http,
-            log=AccessLog(services.settings.access_log, services.settings.slow_request_s),
+            log=AccessLog(settings.access_log, settings.slow_request_s),
             clock=services.clock,
             name=secrets.token_hex(4),
         )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.answers import NO_STORE, NOSNIFF, Answer, json_answer
 from api.authority import Authority
-from api.bodies import Run, declared_length, read_body
+from api.bodies import Run, read_body
 from api.call import Call
 from api.errors import error_body
 from api.hash_lists import parse_hashes
@@ -24,7 +24,6 @@ from api.metrics import BlockMetrics
 from api.openapi import FRAMES, ErrorDetail, binary, binary_body
 from api.routing import Route
 from cluster.block_client import BlockClient
-from cluster.byte_budget import ByteBudget
 from protocol.block_frames import (
     FRAME_HEADER_BYTES,
     MEDIA_TYPE,
@@ -81,15 +80,11 @@ class BatchRoutes:
         self,
         blocks: BlockClient,
         authority: Authority,
-        uploads: ByteBudget,
-        downloads: ByteBudget,
         metrics: BlockMetrics,
         run: Run,
     ) -> None:
         self._blocks = blocks
         self._authority = authority
-        self._uploads = uploads
-        self._downloads = downloads
         self._metrics = metrics
         self._run = run
 
@@ -120,9 +115,6 @@ class BatchRoutes:
 
     async def put_batch(self, call: Call) -> Answer:
         """Store many blocks; each succeeds or fails on its own."""
-        declared = declared_length(call)
-        expected = BATCH_BODY_BYTES_MAX if declared is None else declared
-        await call.hold(self._uploads, min(expected, BATCH_BODY_BYTES_MAX))
         pieces = await read_body(call, BATCH_BODY_BYTES_MAX)
         received: list[Received] = await self._run(verify_frames, pieces)
         good = [(item.block, item.data) for item in received if item.error is None]
@@ -147,7 +139,7 @@ class BatchRoutes:
         known = await self._authority.among(call.account, hashes)
         lengths = await self._blocks.lengths([block for block in hashes if block in known])
         chosen, total = choose(hashes, lengths)
-        await call.hold(self._downloads, total)
+        await call.hold(call.downloads, total)
         data = await self._blocks.get_many(chosen) if chosen else []
         found = dict(zip(chosen, data, strict=True))
         got = [block for block in data if not isinstance(block, HaversackError)]

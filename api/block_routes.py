@@ -3,8 +3,8 @@
 Life of a put over HTTP:
 
     1. refuse a length that is absent or too large, before the body
-    2. take a share of the memory for bodies
-    3. read, hash off the event loop, refuse a mismatch
+    2. take a share of the memory for bodies, read
+    3. hash off the event loop, refuse a mismatch
     4. `BlockClient.put`; 201 if the block was new, else 200
 
 Life of a get, over HTTP:
@@ -35,7 +35,6 @@ from api.ranges import etag_of, matches_none, parse_range, range_applies
 from api.routing import Route
 from cluster.block_client import BlockClient
 from cluster.block_index import BlockIndex
-from cluster.byte_budget import ByteBudget
 from protocol.errors import BlockNotFound, BlockTooLarge, HashMismatch
 from protocol.ids import BlockHash
 from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX
@@ -80,16 +79,12 @@ class BlockRoutes:
         blocks: BlockClient,
         index: BlockIndex,
         authority: Authority,
-        uploads: ByteBudget,
-        downloads: ByteBudget,
         metrics: BlockMetrics,
         run: Run,
     ) -> None:
         self._blocks = blocks
         self._index = index
         self._authority = authority
-        self._uploads = uploads
-        self._downloads = downloads
         self._metrics = metrics
         self._run = run
 
@@ -163,7 +158,6 @@ class BlockRoutes:
         length = required_length(call)
         if length > BLOCK_BYTES_MAX:
             raise _too_large(f"this one has {length} bytes")
-        await call.hold(self._uploads, length)
         parts = await read_body(call, BLOCK_BYTES_MAX, _too_large)
         digest = await hash_body(parts, length, self._run)
         if digest != block:
@@ -185,7 +179,7 @@ class BlockRoutes:
         length = await self._length(block)
         if matches_none(call.field(b"if-none-match"), etag):
             return _not_modified(etag)
-        await call.hold(self._downloads, length)
+        await call.hold(call.downloads, length)
         data = await self._blocks.get(block)
         self._metrics.got(len(data))
         wanted = None

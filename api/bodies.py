@@ -25,6 +25,9 @@ Run: TypeAlias = Callable[..., Awaitable[Any]]
 HASH_IN_LOOP_BYTES: Final = 64 * KIB
 """Below this, hashing takes less time than handing the work to a thread (some 40 us)."""
 
+SMALL_BODY_BYTES: Final = 64 * KIB
+"""A body up to this that came with its header is in memory whatever we decide."""
+
 SHOWN_PROBLEMS_MAX: Final = 8
 
 
@@ -49,11 +52,23 @@ async def read_body(
 ) -> list[Buffer]:
     """The whole body in the pieces it came in, at most `limit` bytes.
 
-    Raises `too_large` (before reading, if the length is declared) and `PeerGone`.
+    Takes a share of the memory for uploads first, unless the body is small and here already.
+    Raises `too_large` (before reading, if the length is declared), `PeerGone`, and `Overloaded` if
+    the body took its time and everybody is busy when it is complete.
     """
     declared = declared_length(call)
     if declared is not None and declared > limit:
         raise too_large(f"the body has {declared} bytes; at most {limit} are taken here")
+    if call.body_is_here and declared is not None and declared <= SMALL_BODY_BYTES:
+        return await _receive_all(call, limit, too_large)
+    await call.hold(call.uploads, limit if declared is None else declared)
+    async with call.off_turn():
+        return await _receive_all(call, limit, too_large)
+
+
+async def _receive_all(
+    call: Call, limit: int, too_large: Callable[[str], HaversackError]
+) -> list[Buffer]:
     pieces: list[Buffer] = []
     total = 0
     more = True

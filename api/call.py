@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
+from collections.abc import AsyncIterator
 from typing import Final
 
 from starlette.requests import Request
 
+from api.http_exchange import EXCHANGE
+from api.turns import Turns
 from cluster.byte_budget import ByteBudget
 from metadata.accounts import Account
+from protocol.clock import Clock, SystemClock
 
 NOBODY: Final = Account(0, "", False, 0)
 
@@ -34,13 +38,64 @@ class Call(Request):
     argument: str = ""
     """The variable last segment of the path, if the route has one."""
     request_id: str = ""
+    turns: Turns | None = None
+    """Where this call's turn comes from; None: it needs none."""
+    has_turn: bool = False
+    clock: Clock = SystemClock()
+    off_turn_s: float = 0.0
+    """Seconds spent waiting for the peer or for memory: not our slowness."""
+    uploads: ByteBudget | None = None
+    """Memory for request bodies."""
+    downloads: ByteBudget | None = None
+    """Memory for answers."""
     _held: contextlib.AsyncExitStack | None = None
 
-    async def hold(self, budget: ByteBudget, wanted: int) -> None:
+    # -- turns: held while we work, not while we wait for the peer ------------------------------
+
+    async def take_turn(self) -> None:
+        """Wait for a turn.  Raises `Overloaded`."""
+        if self.turns is not None:
+            if not self.turns.take_now():
+                await self.turns.take()
+            self.has_turn = True
+
+    def end_turn(self) -> None:
+        """Let somebody else work."""
+        if self.has_turn and self.turns is not None:
+            self.has_turn = False
+            self.turns.give_back()
+
+    @contextlib.asynccontextmanager
+    async def off_turn(self) -> AsyncIterator[None]:
+        """Wait for the peer, or for memory that others' peers hold, without a turn.
+
+        Raises `Overloaded` if no turn can be had afterwards.
+        """
+        self.end_turn()
+        began = self.clock.monotonic()
+        yield
+        self.off_turn_s += self.clock.monotonic() - began
+        await self.take_turn()
+
+    @property
+    def body_is_here(self) -> bool:
+        """Whether the whole body has arrived, so that reading it takes no time."""
+        exchange = self.scope.get(EXCHANGE)
+        return exchange is not None and exchange.body_complete
+
+    # -- memory: held until the answer is sent ---------------------------------------------------
+
+    async def hold(self, budget: ByteBudget | None, wanted: int) -> None:
         """Hold `wanted` bytes of a budget until the answer is sent.  Raises `Overloaded`."""
+        if budget is None:
+            return
         if self._held is None:
             self._held = contextlib.AsyncExitStack()
-        await self._held.enter_async_context(budget.hold(wanted))
+        if budget.free >= wanted:
+            await self._held.enter_async_context(budget.hold(wanted))
+        else:
+            async with self.off_turn():
+                await self._held.enter_async_context(budget.hold(wanted))
 
     async def release(self) -> None:
         """Give back what is held.  Called by the gate, after the answer, whatever happened."""

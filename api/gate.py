@@ -6,8 +6,8 @@ Step 2 of every walk over HTTP, called by the HTTP connection as the outermost A
     2. take a turn, or wait for one                    429
     3. who is it? may they call this?                  401, 403
     4. read the parameters, call the endpoint          422, 413, whatever it raises
-    5. send the answer, or the error as the one table of `api.errors` says
-    6. give the turn and the memory back; count; log if it deserves it
+    5. give the turn back; send the answer, or the error as the table of `api.errors` says
+    6. give the memory back; count; log if it deserves it
 
 No route has credentials, limits or error handling of its own, so none can forget them.
 """
@@ -28,6 +28,7 @@ from api.call import Access, Call, PeerGone
 from api.metrics import NO_ROUTE, HttpMetrics
 from api.routing import Route, RouteTable
 from api.turns import Turns
+from cluster.byte_budget import ByteBudget
 from protocol.clock import Clock
 from protocol.errors import HaversackError
 
@@ -52,6 +53,8 @@ class Gate:
         *,
         authenticator: Authenticator,
         turns: Turns,
+        uploads: ByteBudget,
+        downloads: ByteBudget,
         metrics: HttpMetrics,
         log: AccessLog,
         clock: Clock,
@@ -62,6 +65,8 @@ class Gate:
         self._table = RouteTable(routes)
         self._authenticator = authenticator
         self._turns = turns
+        self._uploads = uploads
+        self._downloads = downloads
         self._metrics = metrics
         self._log = log
         self._clock = clock
@@ -75,16 +80,17 @@ class Gate:
         started = self._clock.monotonic()
         call = Call(scope, receive, send)
         call.request_id = self._request_id(call)
+        call.clock = self._clock
+        call.uploads, call.downloads = self._uploads, self._downloads
         route: Route | None = None
-        has_turn = False
         status, sent = STATUS_GONE, 0
+        worked_s: float | None = None
         try:
             try:
                 route, call.argument = self._table.find(scope["method"], scope["path"])
                 if route.access is not Access.PUBLIC:
-                    if not self._turns.take_now():
-                        await self._turns.take()
-                    has_turn = True
+                    call.turns = self._turns
+                    await call.take_turn()
                     await self._admit(call, route)
                 answer = await route.answer(call)
             except HaversackError as error:
@@ -94,14 +100,18 @@ class Gate:
             except Exception:  # noqa: BLE001 - logged, and answered as the mistake of ours it is
                 self._log.failed(call, route.path if route is not None else NO_ROUTE)
                 answer = error_answer(_internal(call.request_id))
+            worked_s = self._clock.monotonic() - started - call.off_turn_s
+            call.end_turn()  # a peer that reads slowly keeps its memory, not its turn
             status, sent = answer.status_code, answer.length
             answer.raw_headers.append((REQUEST_ID, call.request_id.encode("ascii")))
             await answer(scope, receive, send)
         finally:
-            if has_turn:
-                self._turns.give_back()
+            call.end_turn()
             await call.release()
-            self._count(call, route, status, self._clock.monotonic() - started, sent)
+            seconds = self._clock.monotonic() - started
+            self._count(call, route, status, seconds, sent)
+            template = route.path if route is not None else NO_ROUTE
+            self._log.answered(call, template, status, worked_s or 0.0, seconds)
 
     async def _admit(self, call: Call, route: Route) -> None:
         """Raises `Unauthenticated` or `Forbidden`."""
@@ -122,7 +132,6 @@ class Gate:
         received = int(call.field(b"content-length") or 0) if status < 400 else 0
         method, template = (route.method, route.path) if route is not None else ("", NO_ROUTE)
         self._metrics.answered(method, template, status, seconds, received, sent)
-        self._log.answered(call, template, status, seconds)
 
 
 def _internal(request_id: str) -> InternalError:

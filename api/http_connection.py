@@ -195,7 +195,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._scope(version),
             body_length=length,
             keep_alive=version == "1.1" and self._parser.should_keep_alive(),
-            expect_continue=expect_continue,
+            expect_continue=expect_continue and version == "1.1",
         )
         self._parsing = exchange
         self._body_mark = 0
@@ -316,7 +316,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._listener.count_request()
         self._answering = None
         self._since = self._loop.time()
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         if not exchange.body_complete:
             self._linger()
@@ -349,7 +349,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if broken is not None:
             broken.lose()
         answering = self._answering
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         if answering is not None and answering is not broken:
             answering.keep_alive = False  # earlier requests are answered, then the end
@@ -399,6 +399,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             return
         if self._is_stalled(transport, now):
             transport.abort()
+        elif transport.is_closing():
+            return  # what was written still goes out, unless it stalls
         elif self._lingering:
             if now - self._since > patience.linger_s:
                 transport.abort()

@@ -17,6 +17,9 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Chunk = bytes | bytearray | memoryview
 
+EXCHANGE: Final = "haversack.exchange"
+"""Key of the ASGI scope under which the application finds the `Exchange` itself."""
+
 JOIN_BYTES_MAX: Final = 16 * 1024
 """A body up to this is copied behind its header, so that both are one buffer for the kernel."""
 
@@ -98,6 +101,7 @@ class Exchange:
         self._head: bytes | None = None
         self._left: int | None = None
         self.scope = scope
+        scope[EXCHANGE] = self
         self.body_length = body_length
         """From Content-Length; None for a chunked body."""
         self.keep_alive = keep_alive
@@ -155,7 +159,7 @@ class Exchange:
         """
         if self._expect_continue:
             self._expect_continue = False
-            if not self.gone and not self.head_sent:
+            if not (self.gone or self.head_sent or self.body_complete):
                 self._carrier.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
         if not self.body_complete:
             self._carrier.body_wanted(self)

@@ -1,7 +1,9 @@
 """How many requests are worked on at once: the rest wait a little, and then are told to.
 
-Called by `gate.Gate` around every request that is not public.  Bounding requests bounds memory,
-threads and database work together; a queue without a bound would only turn load into latency.
+Called through `call.Call` for every request that is not public.  A turn is held while we work on a
+request, not while its peer sends or reads: slow peers hold memory, never turns.  Bounding what is
+worked on bounds threads and database work; a queue without a bound would only turn load into
+latency.
 """
 
 from __future__ import annotations

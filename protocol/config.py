@@ -93,8 +93,8 @@ class Settings(BaseSettings):
     """Requests that wait for their turn; the next one is answered 429."""
     queue_wait_s: Seconds = 10.0
     """Longest wait for a turn, then 429."""
-    body_bytes_max: Bytes = 64 * MIB
-    """Sum of the bodies held in memory at once, in both directions."""
+    body_bytes_max: Bytes = 256 * MIB
+    """Sum of the bodies held in memory at once, in each direction: what slow peers can hold."""
     header_s: Seconds = 15.0
     """A request's header must be complete within this time."""
     keep_alive_s: Seconds = 75.0

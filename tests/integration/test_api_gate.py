@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import copy
 import http.client
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -304,6 +306,60 @@ def test_request_that_waits_too_long_for_its_turn_is_told_to_come_back(tmp_path:
             _until(lambda: any(call.done() for call in calls))
             cell.running.loop.call_soon_threadsafe(released.set)
             assert sorted(call.result().status_code for call in calls) == [404, 429]
+
+
+def test_slow_peers_hold_memory_but_no_turns(tmp_path: Path) -> None:
+    with running_cell(
+        tmp_path, scheme="rs-2-1", nodes=3, active_requests_max=1, queued_requests_max=0
+    ) as cell:
+        name, data = block_of(7, 200_000)
+        head = (
+            f"PUT /v1/blocks/{name} HTTP/1.1\r\nAuthorization: Bearer {cell.tokens['alice']}\r\n"
+            f"Content-Length: {len(data)}\r\nExpect: 100-continue\r\n\r\n"
+        )
+        with cell.running.connect() as uploader, cell.client("alice") as client:
+            uploader.sendall(head.encode())
+            assert uploader.recv(100).startswith(b"HTTP/1.1 100")
+            uploader.sendall(data[:100_000])
+            assert client.get("/v1/account").status_code == 200
+            uploader.sendall(data[100_000:])
+            assert read_answer(uploader)[0] == 201
+            with cell.running.connect() as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                for _ in range(30):  # far more than the sockets hold
+                    reader.sendall(
+                        f"GET /v1/blocks/{name} HTTP/1.1\r\n"
+                        f"Authorization: Bearer {cell.tokens['alice']}\r\n\r\n".encode()
+                    )
+                assert reader.recv(100).startswith(b"HTTP/1.1 200")
+                state = cell.running.server.server_state
+                _until(lambda: any(peer._room is not None for peer in list(state.connections)))
+                assert client.get("/v1/account").status_code == 200
+
+
+def test_bodies_over_the_memory_for_them_wait_and_are_then_told_to_come_back(
+    tmp_path: Path,
+) -> None:
+    with running_cell(
+        tmp_path, scheme="rs-2-1", nodes=3, body_bytes_max=16 << 20, queue_wait_s=0.3
+    ) as cell:
+        name, data = block_of(8, 4 << 20)
+        head = (
+            f"PUT /v1/blocks/{name} HTTP/1.1\r\nAuthorization: Bearer {cell.tokens['alice']}\r\n"
+            f"Content-Length: {len(data)}\r\nExpect: 100-continue\r\n\r\n"
+        ).encode()
+        with contextlib.ExitStack() as stack:
+            holders = [stack.enter_context(cell.running.connect()) for _ in range(4)]
+            for peer in holders:
+                peer.sendall(head)
+                assert peer.recv(100).startswith(b"HTTP/1.1 100")
+            late = stack.enter_context(cell.running.connect())
+            late.sendall(head)
+            assert read_answer(late)[0] == 429
+            holders[0].sendall(data)
+            assert read_answer(holders[0])[0] == 201
+            with cell.client("alice") as client:
+                assert client.put(f"/v1/blocks/{name}", content=data).status_code == 200
 
 
 async def _make_event() -> asyncio.Event:

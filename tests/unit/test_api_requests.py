@@ -286,6 +286,6 @@ def test_only_problems_and_slow_requests_get_a_line(
     log._log = Sink()
     call = _call(headers=[(b"authorization", b"Bearer hvs_secret")])
     call.scope |= {"query_string": b"token=secret", "client": ("127.0.0.1", 1)}
-    log.answered(call, "/v1/x", status, seconds)
+    log.answered(call, "/v1/x", status, seconds, 100.0)
     assert len(written) == lines
     assert "secret" not in str(written)
