@@ -99,17 +99,15 @@ def up(
         port=port,
         node_labels=label or None,
     )
-    raise typer.Exit(
-        cell.run(
-            cell.UpOptions(
-                data=settings.data,
-                nodes=nodes,
-                scheme=scheme,
-                host=host,
-                port=port,
-                config=config,
-                labels=tuple(label or ()),
-            )
+    cell.become(
+        cell.UpOptions(
+            data=settings.data,
+            nodes=nodes,
+            scheme=scheme,
+            host=host,
+            port=port,
+            config=config,
+            labels=tuple(label or ()),
         )
     )
 

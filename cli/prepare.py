@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.cell import Cell, NodeSpec, add_nodes, create_cell, open_cell, prepare_schema
+from cluster.controller_plan import ControllerPlan, PlannedNode, write_plan
+from cluster.topology import NodeState
 from erasure.scheme import Scheme
 from metadata.accounts import Accounts
 from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
@@ -48,6 +50,7 @@ def prepare(settings: Settings) -> None:
         prepare_schema(database)
         cell = _cell(database, settings)
         _nodes(database, cell, settings)
+        _plan(database, settings)
     finally:
         database.close()
     asyncio.run(_admin(settings))
@@ -100,6 +103,15 @@ def _nodes(database: Database, cell: Cell, settings: Settings) -> None:
             specs.append(_format(settings, cell, node_id))
     if specs:
         add_nodes(database, SystemClock(), specs)
+
+
+def _plan(database: Database, settings: Settings) -> None:
+    """Tell the controller what to start."""
+    cell = open_cell(database)
+    assert cell is not None
+    members = [node for node in cell.nodes if node.state is not NodeState.GONE]
+    nodes = tuple(PlannedNode(str(node.node_id), node.directory) for node in members)
+    write_plan(settings.data, ControllerPlan(cell.cluster_id, settings.node_capacity_bytes, nodes))
 
 
 def _format(settings: Settings, cell: Cell, node_id: NodeId) -> NodeSpec:

@@ -10,6 +10,7 @@ disks is the ordinary start.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import signal
 import sys
@@ -21,19 +22,17 @@ from typing import Any
 
 import psutil
 import ray
-import structlog
 
 from cluster.actor import remote_placement
-from cluster.cell import open_cell
+from cluster.controller_plan import ControllerPlan, read_plan
 from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME
 from protocol.allocator import release_free_memory
-from protocol.config import Settings, load
+from protocol.ids import NodeId
 from protocol.limits import MIB
-from sql.database import Database
-from sql.engine import sqlite_url
-from storage_node.actor import NodeConfig, remote_storage_node
+from storage_node.actor import remote_storage_node
+from storage_node.node_config import NodeConfig
 
-log = structlog.get_logger()
+log = logging.getLogger("haversack.controller")
 
 OBJECT_STORE_BYTES = 80 * MIB
 """Ray's own minimum: fragments never pass through the object store."""
@@ -50,8 +49,9 @@ VITAL_SERVICES = ("gcs_server", "raylet")
 class Supervisor:
     """Everything below Ray, in the order it starts and the reverse order it stops."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, data: Path, plan: ControllerPlan) -> None:
+        self._data = data
+        self._plan = plan
         self._stopping = threading.Event()
         self._session = Path(tempfile.mkdtemp(prefix="haversack-ray-"))
         self._placement: Any = None
@@ -72,33 +72,25 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         end_unused_services()
-        data = self._settings.data
-        self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(data))
+        self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(self._data))
         for node in self._node_configs():
             self._nodes.append(remote_storage_node().options(name=str(node.node_id)).remote(node))
         release_free_memory()
 
     def _node_configs(self) -> list[NodeConfig]:
-        database = Database(sqlite_url(self._settings.cell_database))
-        try:
-            cell = open_cell(database)
-        finally:
-            database.close()
-        assert cell is not None, "`haversack up` prepares the cell before it starts the controller"
-        secret_file = self._settings.data / "cluster.secret"
         return [
             NodeConfig(
-                node_id=node.node_id,
+                node_id=NodeId.parse(node.node_id),
                 directory=node.directory,
-                cluster_id=cell.cluster_id,
-                secret_file=str(secret_file),
+                cluster_id=self._plan.cluster_id,
+                secret_file=str(self._data / "cluster.secret"),
                 bind_host="127.0.0.1",
-                capacity_bytes=self._settings.node_capacity_bytes,
+                capacity_bytes=self._plan.node_capacity_bytes,
                 namespace=NAMESPACE,
                 registrar=PLACEMENT_NAME,
-                log_file=str(self._settings.data / "logs" / f"{node.node_id}.log"),
+                log_file=str(self._data / "logs" / f"{node.node_id}.log"),
             )
-            for node in cell.nodes
+            for node in self._plan.nodes
         ]
 
     def _on_signal(self, _number: int, _frame: object) -> None:
@@ -110,7 +102,7 @@ class Supervisor:
         while not self._stopping.wait(WATCH_S):
             for process in vital:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    log.error("a Ray service has ended", pid=process.pid)
+                    log.error("Ray's process %d has ended", process.pid)
                     return False
         return True
 
@@ -119,7 +111,7 @@ class Supervisor:
         calls = [node.stop.remote() for node in self._nodes]
         _, late = ray.wait(calls, num_returns=len(calls), timeout=STOP_NODE_S)
         if late:
-            log.warning("storage nodes did not close in time", count=len(late))
+            log.warning("%d storage nodes did not close in time", len(late))
         ray.wait([self._placement.stop.remote()], timeout=STOP_NODE_S)
         ray.shutdown()
 
@@ -155,7 +147,9 @@ def main() -> int:
     """Run until SIGTERM (0) or until Ray has failed (1)."""
     parser = argparse.ArgumentParser(prog="python -m cluster.supervisor")
     parser.add_argument("--data", type=Path, required=True)
-    supervisor = Supervisor(load(data=parser.parse_args().data))
+    data = parser.parse_args().data.resolve()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    supervisor = Supervisor(data, read_plan(data))
     try:
         supervisor.start()
         if not supervisor.watch():

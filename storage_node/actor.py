@@ -3,6 +3,9 @@
 Created by `cluster.supervisor`, one per disk, restarted by Ray for ever.  `__init__` never raises:
 Ray would take that for a death for good.  Whatever can go wrong happens in a task, and shows in
 the node's state.
+
+Whoever holds a handle to an actor imports the module of its class, so what only the node itself
+needs (RocksDB, the data port) is imported where the node is made.
 """
 
 from __future__ import annotations
@@ -12,17 +15,18 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
 from protocol.allocator import reuse_large_buffers
 from protocol.clock import SystemClock
 from protocol.limits import MIB
-from storage_node.host import NodeConfig, NodeHost, Register
-from storage_node.interface import NodeRegistration
+from storage_node.node_config import NodeConfig
 
-__all__ = ["NodeConfig", "StorageNodeActor", "remote_storage_node"]
+if TYPE_CHECKING:
+    from storage_node.host import Register
+    from storage_node.interface import NodeRegistration
 
 KEPT_BYTES: Final = 64 * MIB
 """Freed memory that the allocator keeps for the next fragments."""
@@ -32,6 +36,8 @@ class StorageNodeActor:
     """One disk."""
 
     def __init__(self, config: NodeConfig) -> None:
+        from storage_node.host import NodeHost  # see the module's docstring
+
         reuse_large_buffers(KEPT_BYTES)
         _open_log(config.log_file)
         self._host = NodeHost(config, _registrar(config), SystemClock(), os.urandom)

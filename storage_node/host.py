@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,12 +32,11 @@ from protocol.errors import (
     NodeFull,
     OperatorNeeded,
 )
-from protocol.ids import NodeId
-from protocol.limits import GIB
 from storage_node import identity
 from storage_node.identity import Identity
 from storage_node.interface import NodeRegistration
 from storage_node.node import StorageNode
+from storage_node.node_config import NodeConfig
 from storage_node.port_server import DataPort, serve
 from storage_node.rocks_options import EXTENT_FILE_BYTES, StoreOptions
 from storage_node.rocks_store import RocksStore, open_store
@@ -66,25 +64,6 @@ UPKEEP_GROUPS_MAX: Final = 2_048
 _log = logging.getLogger("haversack.node")
 
 Register = Callable[[NodeRegistration], Awaitable[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """Everything a node process is told; plain data, so that it can be sent to one."""
-
-    node_id: NodeId
-    directory: str
-    cluster_id: str
-    secret_file: str
-    bind_host: str
-    capacity_bytes: int | None
-    """What the node may fill; its file system's size when None."""
-    namespace: str
-    """Ray namespace of the registrar."""
-    registrar: str
-    """Name of the placement actor."""
-    reserve_bytes: int = 1 * GIB
-    log_file: str | None = None
 
 
 def read_secret(path: Path) -> bytes:

@@ -22,10 +22,11 @@ from protocol.hashing import Buffer
 from protocol.ids import NodeId
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
 from storage_node import identity
-from storage_node.host import NodeConfig, NodeHost, Register
+from storage_node.host import NodeHost, Register
 from storage_node.identity import Identity
 from storage_node.interface import FragmentKey, FragmentStore, PutOutcome, StoredRecord
 from storage_node.node import StorageNode
+from storage_node.node_config import NodeConfig
 from storage_node.port_server import DataPort
 from storage_node.rocks_store import RocksStore
 

@@ -1,0 +1,44 @@
+"""What the controller starts: written by `cli.prepare`, read by `cluster.supervisor`.
+
+A file rather than a query, because a process that loads SQL and settings to read nine rows once
+keeps 25 MB for the life of the cell.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PLAN_FILE = "controller.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedNode:
+    """A storage-node actor to start."""
+
+    node_id: str
+    directory: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerPlan:
+    """One cell's actors."""
+
+    cluster_id: str
+    node_capacity_bytes: int | None
+    nodes: tuple[PlannedNode, ...]
+
+
+def write_plan(data: Path, plan: ControllerPlan) -> None:
+    """Replace the plan of a data directory; written anew at every start."""
+    partial = data / (PLAN_FILE + ".new")
+    partial.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
+    partial.rename(data / PLAN_FILE)
+
+
+def read_plan(data: Path) -> ControllerPlan:
+    """The plan that the last `prepare` wrote."""
+    plan = json.loads((data / PLAN_FILE).read_text(encoding="utf-8"))
+    nodes = tuple(PlannedNode(**node) for node in plan["nodes"])
+    return ControllerPlan(plan["cluster_id"], plan["node_capacity_bytes"], nodes)
