@@ -28,11 +28,22 @@ class AccessLog:
         self._log = structlog.get_logger()
 
     def answered(
-        self, call: Call, template: str, status: int, worked_s: float, seconds: float
+        self,
+        call: Call,
+        template: str,
+        status: int,
+        worked_s: float,
+        seconds: float,
+        *,
+        is_probe: bool,
     ) -> None:
-        """Called after every request.  Only time we worked can be slow, not what the peer took."""
+        """Called after every request.  Only time we worked can be slow, not what the peer took.
+
+        A probe that is told no is no problem: it asks ten times a second while a cell starts.
+        """
         slow = worked_s > self._slow_s
-        if not (self._all or slow or status >= 500 or status in PROBLEM_STATUSES):
+        problem = status >= 500 or status in PROBLEM_STATUSES
+        if not (self._all or slow or (problem and not is_probe)):
             return
         write = self._log.error if status >= 500 else self._log.info
         fields = _fields(call, template)

@@ -110,8 +110,14 @@ class Gate:
             await call.release()
             seconds = self._clock.monotonic() - started
             self._count(call, route, status, seconds, sent)
-            template = route.path if route is not None else NO_ROUTE
-            self._log.answered(call, template, status, worked_s or 0.0, seconds)
+            self._log.answered(
+                call,
+                route.path if route is not None else NO_ROUTE,
+                status,
+                worked_s or 0.0,
+                seconds,
+                is_probe=route is not None and route.access is Access.PUBLIC,
+            )
 
     async def _admit(self, call: Call, route: Route) -> None:
         """Raises `Unauthenticated` or `Forbidden`."""

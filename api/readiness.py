@@ -3,8 +3,8 @@
     starting --the cell is whole, or can take writes after a while--> settled
 
 A gateway that is starting says no until every node of the cell is there, so that the first puts
-are not written short; after `WHOLE_S` it is content when writes work, after `WRITES_S` when reads
-do.  Once settled it says yes whenever reads work: a cell that has lost nodes still serves them.
+are not written short; after `WHOLE_S` it is content when writes work, after `WRITES_S`, when a node
+that is late has been given up, when reads do.  Once settled it says yes whenever reads work: a cell that has lost nodes still serves them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.errors import HaversackError
 from sql.database import Database
 
 WHOLE_S: Final = 5.0
-WRITES_S: Final = 9.0
+WRITES_S: Final = 30.0
 
 MAP_AGE_S: Final = 0.5
 """How old the volume map may be for this question."""

@@ -260,19 +260,21 @@ async def test_query_reaches_the_endpoint_decoded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "status", "seconds", "lines"),
+    ("what", "probe", "status", "seconds", "lines"),
     [
-        ("problems", 200, 0.1, 0),
-        ("problems", 404, 0.1, 0),
-        ("problems", 409, 0.1, 0),
-        ("problems", 401, 0.1, 1),
-        ("problems", 500, 0.1, 1),
-        ("problems", 200, 1.1, 1),
-        ("all", 200, 0.1, 1),
+        ("problems", False, 200, 0.1, 0),
+        ("problems", False, 404, 0.1, 0),
+        ("problems", False, 409, 0.1, 0),
+        ("problems", False, 401, 0.1, 1),
+        ("problems", False, 500, 0.1, 1),
+        ("problems", False, 200, 1.1, 1),
+        ("problems", True, 503, 0.1, 0),
+        ("problems", True, 503, 1.1, 1),
+        ("all", True, 200, 0.1, 1),
     ],
 )
 def test_only_problems_and_slow_requests_get_a_line(
-    what: Any, status: int, seconds: float, lines: int
+    what: Any, probe: bool, status: int, seconds: float, lines: int
 ) -> None:
     log = AccessLog(what, 1.0)
     written: list[tuple[str, dict[str, Any]]] = []
@@ -286,6 +288,6 @@ def test_only_problems_and_slow_requests_get_a_line(
     log._log = Sink()
     call = _call(headers=[(b"authorization", b"Bearer hvs_secret")])
     call.scope |= {"query_string": b"token=secret", "client": ("127.0.0.1", 1)}
-    log.answered(call, "/v1/x", status, seconds, 100.0)
+    log.answered(call, "/v1/x", status, seconds, 100.0, is_probe=probe)
     assert len(written) == lines
     assert "secret" not in str(written)
