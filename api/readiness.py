@@ -4,7 +4,8 @@
 
 A gateway that is starting says no until every node of the cell is there, so that the first puts
 are not written short; after `WHOLE_S` it is content when writes work, after `WRITES_S`, when a node
-that is late has been given up, when reads do.  Once settled it says yes whenever reads work: a cell that has lost nodes still serves them.
+that is late has been given up, when reads do.  Once settled it says yes whenever reads work: a cell
+that has lost nodes still serves them.
 """
 
 from __future__ import annotations
