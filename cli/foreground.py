@@ -30,7 +30,7 @@ from cli.children import Child, become_subreaper, watch
 from cli.failures import report_failure
 from protocol.errors import ConfigInvalid, DirectoryInUse, HaversackError
 
-POLL_S = 0.25
+POLL_S = 1.0
 """How often children are looked at; a child that exits wakes us at once (SIGCHLD)."""
 
 POLL_STARTING_S = 0.05
