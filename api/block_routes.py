@@ -31,7 +31,7 @@ from api.call import Call
 from api.hash_lists import parse_hashes
 from api.metrics import BlockMetrics
 from api.openapi import HASH_PARAMETER, binary, binary_body, header
-from api.ranges import etag_of, matches_none, parse_range, range_applies
+from api.ranges import cut_pieces, etag_of, matches_none, parse_range, range_applies
 from api.routing import Route
 from cluster.block_client import BlockClient
 from cluster.block_index import BlockIndex
@@ -180,17 +180,17 @@ class BlockRoutes:
         if matches_none(call.field(b"if-none-match"), etag):
             return _not_modified(etag)
         await call.hold(call.downloads, length)
-        data = await self._blocks.get(block)
-        self._metrics.got(len(data))
+        pieces = await self._blocks.get_pieces(block)
+        self._metrics.got(length)
         wanted = None
         if range_applies(call.field(b"if-range"), etag):
-            wanted = parse_range(call.field(b"range"), len(data))
+            wanted = parse_range(call.field(b"range"), length)
         if wanted is None:
-            return Answer(200, headers, (data,))
+            return Answer(200, headers, pieces)
         start, end = wanted
-        content_range = b"bytes %d-%d/%d" % (start, end - 1, len(data))
+        content_range = b"bytes %d-%d/%d" % (start, end - 1, length)
         return Answer(
-            206, (*headers, (b"content-range", content_range)), (memoryview(data)[start:end],)
+            206, (*headers, (b"content-range", content_range)), cut_pieces(pieces, start, end)
         )
 
     async def head_block(self, call: Call) -> Answer:

@@ -29,7 +29,12 @@ import uvloop
 from api.app import create_app
 from api.http_listener import Listener, Patience
 from api.services import open_services
-from protocol.allocator import release_free_memory, reuse_large_buffers
+from protocol.allocator import (
+    release_free_memory,
+    reuse_large_buffers,
+    share_one_arena,
+    trim_free_memory,
+)
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
 from protocol.errors import ConfigInvalid, HaversackError
@@ -37,6 +42,9 @@ from protocol.logs import open_log
 
 BACKLOG: Final = 1024
 OPEN_FILES_WANTED: Final = 16_384
+IDLE_S: Final = 15.0
+"""Without a request for this long, the memory of the last burst is given back."""
+
 OPEN_FILES_KEPT: Final = 256
 """Descriptors left for databases, logs and storage nodes."""
 
@@ -160,11 +168,25 @@ async def serve(settings: Settings) -> None:
             url = url_of(listening)
             announce(path, url)
             log.info("serving", url=url, pid=os.getpid())
+        trimming = loop.create_task(trim_when_idle(server))
         try:
             await running
         finally:
+            trimming.cancel()
             withdraw(path)
     log.info("stopped", pid=os.getpid())
+
+
+async def trim_when_idle(server: uvicorn.Server) -> None:
+    """Give memory back once after each burst of requests.  Runs until it is cancelled."""
+    seen = trimmed = 0
+    while True:
+        await asyncio.sleep(IDLE_S)
+        total = server.server_state.total_requests
+        if total == seen and total != trimmed and not server.server_state.tasks:
+            trim_free_memory()
+            trimmed = total
+        seen = total
 
 
 def _stop(server: uvicorn.Server) -> None:
@@ -185,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load(config=given.config, data=given.data, host=given.host, port=given.port)
         reuse_large_buffers(settings.gateway_keep_bytes)
+        share_one_arena()
         open_log(settings.data / "logs" / "gateway.log")
         uvloop.run(serve(settings))
     except HaversackError as error:

@@ -7,9 +7,11 @@ Pure: linear in the length of the field, whatever it holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from protocol.errors import RangeNotSatisfiable
+from protocol.hashing import Buffer
 
 _DIGITS_MAX: Final = 18
 
@@ -64,3 +66,15 @@ def parse_range(field: bytes | None, length: int) -> tuple[int, int] | None:
 
 def _unsatisfiable(length: int) -> RangeNotSatisfiable:
     return RangeNotSatisfiable(f"the block has {length} bytes", {"length": length})
+
+
+def cut_pieces(pieces: Sequence[Buffer], start: int, end: int) -> list[Buffer]:
+    """Bytes `start` to `end` (exclusive) of what the pieces are together, as views."""
+    cut: list[Buffer] = []
+    position = 0
+    for piece in pieces:
+        first, last = max(start - position, 0), min(end - position, len(piece))
+        if first < last:
+            cut.append(memoryview(piece)[first:last])
+        position += len(piece)
+    return cut

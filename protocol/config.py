@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     """Log every request, or only errors and slow ones."""
     drain_s: Seconds = 10.0
     """How long a stopping gateway lets running requests finish."""
-    gateway_keep_bytes: Bytes = 96 * MIB
+    gateway_keep_bytes: Bytes = 64 * MIB
     """Freed memory that the gateway's allocator keeps for the next body."""
 
     # -- health --------------------------------------------------------------------------------
