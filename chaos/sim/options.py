@@ -71,7 +71,7 @@ def draw_options(seed: int) -> Options:
     scheme_name, fewest, most = rng.choice(SCHEMES)
     scheme = Scheme.parse(scheme_name)
     nodes = rng.randint(fewest, most)
-    fault_s = rng.choice([60.0, 180.0, 420.0, 900.0])
+    fault_s = rng.choice([60.0, 180.0, 360.0, 600.0])
     faults = rng.choice([6, 15, 40])
     return Options(
         seed=seed,
@@ -82,10 +82,10 @@ def draw_options(seed: int) -> Options:
         shuffle=rng.random() < 0.7,
         link=LinkQuality(latency_mean_s=rng.choice([0.0002, 0.0005, 0.003])),
         clock_drift=rng.choice([0.0, 0.0001, 0.01]),
-        lease_interval_s=rng.choice([1.0, 2.0, 3.0]),
+        lease_interval_s=rng.choice([1.0, 2.0, 3.0, 3.0]),
         fault_s=fault_s,
         quiet_s=rng.choice([20.0, 60.0, 240.0]),
-        workload=WorkloadPlan.draw(rng, rng.randint(120, 300), fault_s),
+        workload=WorkloadPlan.draw(rng, rng.randint(200, 340), fault_s),
         nemesis=NemesisPlan.draw(rng, scheme.m, nodes, fault_s / faults),
     )
 
