@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from cluster.block_index import BlockRow
 from cluster.node_pool import Direction
-from cluster.stripe_read import ReadTools, expected_record_bytes, open_healthy, open_record
+from cluster.stripe_read import (
+    ReadTools,
+    expected_record_bytes,
+    joined,
+    open_healthy,
+    open_record,
+)
 from cluster.topology import VolumeView
 from cluster.volume_map import VolumeMap
 from erasure.fragment import Fragment
@@ -186,13 +192,13 @@ async def _open_complete(
             incomplete.append(wanted)
             continue
         try:
-            plain = open_healthy(tools, wanted.row, wanted.volume, wanted.fragments)
+            pieces = open_healthy(tools, wanted.row, wanted.volume, wanted.fragments)
         except CorruptFragment:
             # Its fragments go along: `get_path` finds out which of them lies.
             incomplete.append(wanted)
             continue
-        result.plain[wanted.row.hash] = plain
-        opened_bytes += len(plain)
+        result.plain[wanted.row.hash] = joined(pieces)
+        opened_bytes += wanted.row.plain_bytes
         if opened_bytes > SLICE_BYTES:
             opened_bytes = 0
             await asyncio.sleep(0)

@@ -27,7 +27,7 @@ from cluster.byte_budget import ByteBudget
 from cluster.get_path import GetPath
 from cluster.node_pool import NodePool
 from cluster.put_path import PendingBlock, PutPath
-from cluster.stripe_read import ReadTools
+from cluster.stripe_read import Pieces, ReadTools, joined
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
 from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment
@@ -205,7 +205,11 @@ class BlockClient:
     # -- get -----------------------------------------------------------------------------------
 
     async def get(self, block: BlockHash) -> Buffer:
-        """The plain bytes of a block; never others.
+        """The plain bytes of a block; never others.  Raises what `get_pieces` raises."""
+        return joined(await self.get_pieces(block))
+
+    async def get_pieces(self, block: BlockHash) -> Pieces:
+        """The plain bytes of a block, in the pieces they arrived in.
 
         Raises `BlockNotFound`, `BlockUnreadable` (too few good fragments answered; `details.slots`
         says why), `DatabaseBusy`, `Overloaded`.
@@ -245,7 +249,7 @@ class BlockClient:
         async def read(block: BlockHash, known: dict[int, Fragment]) -> Buffer | HaversackError:
             async with turns:
                 try:
-                    return await self._get_path.read(rows[block], known)
+                    return joined(await self._get_path.read(rows[block], known))
                 except HaversackError as error:
                     return error
 

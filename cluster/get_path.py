@@ -12,7 +12,7 @@ import contextlib
 from cluster.block_client_settings import FragmentProblem, ReportFragment
 from cluster.block_index import BlockRow
 from cluster.block_rows import BlockRows
-from cluster.stripe_read import ReadTools, StripeRead
+from cluster.stripe_read import Pieces, ReadTools, StripeRead
 from cluster.topology import VolumeView
 from cluster.volume_map import VolumeMap
 from erasure.fragment import Fragment
@@ -23,7 +23,6 @@ from protocol.errors import (
     HaversackError,
     NodeUnavailable,
 )
-from protocol.hashing import Buffer
 from protocol.ids import NodeId, VolumeId
 
 RETRY_FIRST_S = 0.1
@@ -41,8 +40,8 @@ class GetPath:
         self._tools = tools
         self._report = report
 
-    async def read(self, row: BlockRow, known: dict[int, Fragment] | None = None) -> Buffer:
-        """The plain bytes of a block.
+    async def read(self, row: BlockRow, known: dict[int, Fragment] | None = None) -> Pieces:
+        """The plain bytes of a block, in pieces.
 
         Raises `BlockNotFound` if it has left the index, `BlockUnreadable` when fewer than k good
         fragments answered (`details.slots` says why, slot by slot), `DatabaseBusy` if the volume

@@ -24,7 +24,7 @@ from cluster.block_index import BlockRow
 from cluster.node_pool import Direction, NodePool
 from cluster.topology import VolumeView
 from erasure.codec import Codec
-from erasure.envelope import unseal
+from erasure.envelope import unseal_pieces
 from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment, parse_expected
 from erasure.keyring import Keyring
 from erasure.scheme import SchemeKind
@@ -38,7 +38,7 @@ from protocol.errors import (
     NeedsRepair,
     RetryLater,
 )
-from protocol.hashing import Buffer, hash_block
+from protocol.hashing import Buffer, hash_parts
 from protocol.ids import NodeId
 from protocol.limits import KIB, SMALL_BLOCK_BYTES
 from protocol.messages import ItemStatus
@@ -49,6 +49,10 @@ UNSEAL_INLINE_BYTES = 32 * KIB
 
 _TIMER_MIN_S = 0.001
 """Shortest wait for a late slot: clocks and timers need not agree to the last bit."""
+
+
+Pieces = tuple[Buffer, ...]
+"""Plain bytes of a block, in the pieces they arrived in."""
 
 
 class ReadTools(NamedTuple):
@@ -67,6 +71,11 @@ class DiskError(NeedsRepair):
     """A node's disk could not read a fragment: says nothing about whether it is there."""
 
     kind = "disk_error"
+
+
+def joined(pieces: Pieces) -> Buffer:
+    """The pieces as one buffer; copied only if there are several."""
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class SlotFailure(NamedTuple):
@@ -103,8 +112,9 @@ def is_proof_cheap(row: BlockRow, volume: VolumeView) -> bool:
 
 def open_healthy(
     tools: ReadTools, row: BlockRow, volume: VolumeView, fragments: dict[int, Fragment]
-) -> Buffer:
-    """Plain bytes from all data slots (or from one replica), without a decode.
+) -> Pieces:
+    """Plain bytes from all data slots (or from one replica), without a decode, nor a copy of a
+    block that is stored as it is.
 
     Raises `CorruptFragment` if they are not one block.
     """
@@ -119,13 +129,14 @@ def open_healthy(
         ):
             raise CorruptFragment(f"slots {slots} of block {row.hash} are of different stripes")
     payloads = [fragments[slot].payload for slot in slots]
-    stored = tools.codec.join_data(volume.scheme, payloads, first.stored_length)
-    plain = unseal(stored, tools.keyring)
-    if len(plain) != row.plain_bytes:
+    stored = tools.codec.data_pieces(volume.scheme, payloads, first.stored_length)
+    plain = unseal_pieces(stored, tools.keyring)
+    length = sum(map(len, plain))
+    if length != row.plain_bytes:
         raise CorruptFragment(
-            f"block {row.hash} has {len(plain)} bytes; the index says {row.plain_bytes}"
+            f"block {row.hash} has {length} bytes; the index says {row.plain_bytes}"
         )
-    if is_proof_cheap(row, volume) and hash_block(plain) != row.hash:
+    if is_proof_cheap(row, volume) and hash_parts(plain) != row.hash:
         raise CorruptFragment(f"slot {slots[0]} of block {row.hash} holds other bytes")
     return plain
 
@@ -161,12 +172,12 @@ class StripeRead:
         self.problems: list[FragmentProblem] = []
         self._rank_slots()
 
-    async def read(self) -> Buffer | None:
+    async def read(self) -> Pieces | None:
         """The block's plain bytes, proven where it is not obvious; None if too few slots are good.
 
         `failures` and `problems` then say why, and also what was wrong on the way to a success.
         """
-        plain: Buffer | None = None
+        plain: Pieces | None = None
         try:
             while plain is None:
                 self._start_slots()
@@ -303,7 +314,7 @@ class StripeRead:
 
     # -- bytes ---------------------------------------------------------------------------------
 
-    async def _assemble(self) -> Buffer | None:
+    async def _assemble(self) -> Pieces | None:
         """Plain bytes of the fragments we have, or None after asking for more."""
         scheme = self._volume.scheme
         is_healthy = scheme.kind is SchemeKind.REPLICA or all(
@@ -324,15 +335,15 @@ class StripeRead:
             node_id = self._volume.slots[slot]
             assert node_id is not None
             self._report(ProblemKind.LIAR, slot, node_id, "its bytes are not the block's")
-        return recovered.plain
+        return (recovered.plain,)
 
-    async def _open_healthy(self, fragments: dict[int, Fragment]) -> Buffer:
+    async def _open_healthy(self, fragments: dict[int, Fragment]) -> Pieces:
         arguments = (self._tools, self._row, self._volume, fragments)
         if self._row.plain_bytes <= UNSEAL_INLINE_BYTES or (
             self._tools.keyring is None and self._row.stored_bytes > self._row.plain_bytes
         ):
             return open_healthy(*arguments)
-        plain: Buffer = await self._tools.run(open_healthy, *arguments)
+        plain: Pieces = await self._tools.run(open_healthy, *arguments)
         return plain
 
     def _ask_all(self) -> None:

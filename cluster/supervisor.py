@@ -45,6 +45,8 @@ UNUSED_SERVICES = ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "
 
 VITAL_SERVICES = ("gcs_server", "raylet")
 
+SESSION_PREFIX = "haversack-ray-"
+
 
 class Supervisor:
     """Everything below Ray, in the order it starts and the reverse order it stops."""
@@ -53,7 +55,7 @@ class Supervisor:
         self._data = data
         self._plan = plan
         self._stopping = threading.Event()
-        self._session = Path(tempfile.mkdtemp(prefix="haversack-ray-"))
+        self._session = new_session(data / "ray.session")
         self._placement: Any = None
         self._nodes: list[Any] = []
 
@@ -118,6 +120,18 @@ class Supervisor:
     def clean_up(self) -> None:
         """Remove Ray's session directory."""
         shutil.rmtree(self._session, ignore_errors=True)
+
+
+def new_session(note: Path) -> Path:
+    """A directory for Ray; removes the one that a killed controller left behind.
+
+    Not under TMPDIR: the paths of Ray's sockets must stay under 107 bytes.
+    """
+    if note.exists():
+        shutil.rmtree(note.read_text(encoding="utf-8").strip(), ignore_errors=True)
+    session = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir="/tmp"))
+    note.write_text(f"{session}\n", encoding="utf-8")
+    return session
 
 
 def _services(names: tuple[str, ...]) -> Iterator[psutil.Process]:

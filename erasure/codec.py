@@ -59,17 +59,24 @@ class Codec:
 
         Raises `CorruptFragment` if a payload's length is not its stripe's.
         """
+        pieces = self.data_pieces(scheme, payloads, stored_length)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def data_pieces(
+        self, scheme: Scheme, payloads: Sequence[Buffer], stored_length: int
+    ) -> list[Buffer]:
+        """What `join_data` joins: views of the k data payloads, without their padding."""
         assert len(payloads) == scheme.k
         _check_lengths(scheme, payloads, stored_length)
         if scheme.kind is SchemeKind.REPLICA:
-            return payloads[0]
+            return [payloads[0]]
         chunk = scheme.chunk_bytes(stored_length)
         left = stored_length
-        pieces = []
+        pieces: list[Buffer] = []
         for payload in payloads:
             pieces.append(payload if left >= chunk else memoryview(payload)[: max(left, 0)])
             left -= chunk
-        return b"".join(pieces)
+        return pieces
 
     def decode(self, scheme: Scheme, payloads: Mapping[int, Buffer], stored_length: int) -> Buffer:
         """The stored block from any k payloads, by slot; data slots are preferred if more come.

@@ -61,6 +61,7 @@ KEEP_DENOMINATOR: Final = 8
 _ASSOCIATED = struct.Struct("<4sBBHIII")
 _SEALING = struct.Struct("<12s16s8x")
 _CHECKSUM = struct.Struct("<Q")
+_FLAGS_OFFSET = 5
 _PLAIN_LENGTH = slice(8, 12)
 _CHECKSUM_OFFSET = _ASSOCIATED.size + _SEALING.size
 assert _CHECKSUM_OFFSET + _CHECKSUM.size == ENVELOPE_BYTES
@@ -142,7 +143,7 @@ def unseal(stored: Buffer, keyring: Keyring | None) -> Buffer:
     SHA-256 wherever a decode used parity.
     """
     view = memoryview(stored)
-    header = _verify(view)
+    header = _verify(view[:ENVELOPE_BYTES], (view[ENVELOPE_BYTES:],))
     payload: Buffer = view[ENVELOPE_BYTES:]
     if header.flags & Flags.AES_256_GCM:
         if keyring is None:
@@ -162,6 +163,24 @@ def unseal(stored: Buffer, keyring: Keyring | None) -> Buffer:
     return payload
 
 
+def unseal_pieces(pieces: Sequence[Buffer], keyring: Keyring | None) -> tuple[Buffer, ...]:
+    """`unseal` for a stored block that is held in pieces: together, its plain bytes.
+
+    A block that is stored as it is comes back as views of the pieces, so that the bytes of a
+    healthy read are not copied between two sockets.  Raises what `unseal` raises.
+    """
+    first = memoryview(pieces[0])
+    raw = len(first) >= ENVELOPE_BYTES and first[_FLAGS_OFFSET] == Flags.RAW
+    if len(pieces) == 1 or not raw:
+        stored = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return (unseal(stored, keyring),)
+    payload = (first[ENVELOPE_BYTES:], *pieces[1:])
+    header = _verify(first[:ENVELOPE_BYTES], payload)
+    if header.flags is not Flags.RAW or sum(map(len, payload)) != header.plain_length:
+        raise CorruptFragment(f"stored block declares {header.plain_length} plain bytes")
+    return payload
+
+
 def peek_plain_length(stored: Buffer) -> int:
     """The plain length that an envelope declares, unverified; zero if there is none."""
     if len(stored) < ENVELOPE_BYTES:
@@ -169,8 +188,11 @@ def peek_plain_length(stored: Buffer) -> int:
     return int.from_bytes(stored[_PLAIN_LENGTH], "little")
 
 
-def _verify(view: memoryview) -> _Header:
-    """Check magic, checksum, version and lengths, in this order; the fields of version 1."""
+def _verify(view: memoryview, payload: Sequence[Buffer]) -> _Header:
+    """Check magic, checksum, version and lengths, in this order; the fields of version 1.
+
+    `view` is the envelope, `payload` what follows it.
+    """
     if len(view) < ENVELOPE_BYTES:
         raise CorruptFragment(f"stored block of {len(view)} bytes is shorter than its envelope")
     associated = bytes(view[: _ASSOCIATED.size])
@@ -178,7 +200,8 @@ def _verify(view: memoryview) -> _Header:
     if magic != MAGIC:
         raise CorruptFragment(f"stored block starts with {magic!r} instead of its magic")
     digest = xxhash.xxh3_64(view[:_CHECKSUM_OFFSET])
-    digest.update(view[ENVELOPE_BYTES:])
+    for piece in payload:
+        digest.update(piece)
     (checksum,) = _CHECKSUM.unpack_from(view, _CHECKSUM_OFFSET)
     if digest.intdigest() != checksum:
         raise CorruptFragment("stored block does not match the checksum in its envelope")
@@ -189,10 +212,10 @@ def _verify(view: memoryview) -> _Header:
         )
     if plain_length > BLOCK_BYTES_MAX:
         raise CorruptFragment(f"stored block declares {plain_length} plain bytes, over the limit")
-    if payload_length != len(view) - ENVELOPE_BYTES:
+    held = sum(map(len, payload))
+    if payload_length != held:
         raise CorruptFragment(
-            f"stored block declares a payload of {payload_length} bytes and holds "
-            f"{len(view) - ENVELOPE_BYTES}"
+            f"stored block declares a payload of {payload_length} bytes and holds {held}"
         )
     nonce, tag = _SEALING.unpack_from(view, _ASSOCIATED.size)
     return _Header(Flags(flags), plain_length, key_id, nonce, tag, associated)

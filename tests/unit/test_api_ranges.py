@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.ranges import etag_of, matches_none, parse_range, range_applies
+from api.ranges import cut_pieces, etag_of, matches_none, parse_range, range_applies
 from protocol.errors import RangeNotSatisfiable
 
 ETAG = etag_of("ab" * 32)
@@ -77,3 +77,11 @@ def test_if_range_compares_strongly() -> None:
     assert range_applies(b" " + ETAG, ETAG)
     assert not range_applies(b"W/" + ETAG, ETAG)
     assert not range_applies(b"Sat, 21 Nov 2026 09:43:52 GMT", ETAG)
+
+
+def test_cutting_pieces_gives_the_bytes_of_the_whole() -> None:
+    whole = bytes(range(23))
+    pieces = [whole[:5], whole[5:5], whole[5:6], whole[6:20], whole[20:]]
+    for start in range(24):
+        for end in range(start, 24):
+            assert b"".join(cut_pieces(pieces, start, end)) == whole[start:end]
