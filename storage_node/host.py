@@ -46,8 +46,11 @@ OPEN_RETRY_S: Final = 0.5
 OPEN_RETRY_S_MAX: Final = 15.0
 """First and longest pause between attempts to open a directory."""
 
-WATCH_S: Final = 0.25
+WATCH_S: Final = 1.0
 """How often a serving node looks whether a write failed or its lease is missing."""
+
+LEASE_POLL_S: Final = 0.2
+"""How often a node that has registered looks for its lease."""
 
 REGISTER_DEADLINE_S: Final = 5.0
 REGISTER_RETRY_S: Final = 1.0
@@ -56,9 +59,11 @@ LEASE_WAIT_S: Final = 15.0
 incarnation, so a placement service that is merely restarting gets the time to come back."""
 
 UPKEEP_S: Final = 5.0
-"""A node is idle after this long without a write, and looks this often."""
+IDLE_S: Final = 30.0
+"""How often a node looks for upkeep, and for how long nobody must have used it: a merge costs as
+much CPU as the puts that made its extents."""
 
-UPKEEP_GROUPS_MAX: Final = 2_048
+UPKEEP_GROUPS_MAX: Final = 4_096
 """Group commits after which a busy node does a step of upkeep all the same."""
 
 _log = logging.getLogger("haversack.node")
@@ -98,6 +103,7 @@ class NodeHost:
         self.port: DataPort | None = None
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
+        self._serving = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -150,6 +156,7 @@ class NodeHost:
                     return
                 case ServiceState.FAILED:
                     _log.error("%s: %s", self.config.node_id, self.node.detail)
+                    self._serving.clear()
                     with contextlib.suppress(HaversackError):  # told already, by the failed write
                         await self.node.detach()
                 case ServiceState.OPENING | ServiceState.REFUSING:
@@ -183,6 +190,7 @@ class NodeHost:
             return False
         self.node.identity = owner
         self.node.attach(store)
+        self._serving.set()
         _log.info("%s serves %s", self.config.node_id, self._directory)
         return True
 
@@ -210,7 +218,8 @@ class NodeHost:
         """Register once the store is open, and again if no lease arrives for long."""
         registered = False
         while True:
-            if self.node.state is not ServiceState.SERVING or self.node.has_lease:
+            await self._serving.wait()
+            if self.node.has_lease:
                 await self._clock.sleep(WATCH_S)
                 continue
             if registered and await self._lease_arrives():
@@ -240,22 +249,25 @@ class NodeHost:
     async def _lease_arrives(self) -> bool:
         until = self._clock.monotonic() + LEASE_WAIT_S
         while not self.node.has_lease and self._clock.monotonic() < until:
-            await self._clock.sleep(WATCH_S)
+            await self._clock.sleep(LEASE_POLL_S)
         return self.node.has_lease
 
     # -- upkeep ----------------------------------------------------------------------------
 
     async def _keep_tidy(self) -> None:
-        """Merge extents when nobody writes, or when very many were written."""
-        tidied_at = -1
+        """Merge extents when nobody uses the node, or when very many were written."""
+        tidied_at = -1  # groups that had been written when there was nothing left to do
         while True:
             await self._clock.sleep(UPKEEP_S)
-            written = self.node.commits.groups - tidied_at
-            idle = self._clock.monotonic() - self.node.last_write > UPKEEP_S
-            if written and (idle or written > UPKEEP_GROUPS_MAX):
-                groups = self.node.commits.groups
-                if await self.node.tidy(EXTENT_FILE_BYTES) == 0 or not idle:
+            groups = self.node.commits.groups
+            while groups != tidied_at and self._may_tidy(groups - tidied_at):
+                if await self.node.tidy(EXTENT_FILE_BYTES) == 0:
                     tidied_at = groups
+                await self._clock.sleep(0)
+
+    def _may_tidy(self, groups_since: int) -> bool:
+        idle = self._clock.monotonic() - self.node.last_use > IDLE_S
+        return idle or groups_since > UPKEEP_GROUPS_MAX
 
 
 def _close_opened(opening: asyncio.Future[tuple[Identity, RocksStore]]) -> None:

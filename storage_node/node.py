@@ -93,7 +93,8 @@ class StorageNode:
         self._counters = dict.fromkeys(
             ("puts", "put_bytes", "puts_refused", "gets", "get_bytes", "deletes"), 0
         )
-        self.last_write = float("-inf")
+        self.last_use = float("-inf")
+        """When a put, get or delete last came, by the monotonic clock."""
         if store is not None:
             self.attach(store)
 
@@ -238,7 +239,7 @@ class StorageNode:
         return [done[key] for key in keys]
 
     async def _write(self, work: Any, payload: Any, size: int) -> Any:
-        self.last_write = self._clock.monotonic()
+        self.last_use = self._clock.monotonic()
         try:
             return await self._commits.submit(work, payload, size)
         except NodeFull:
@@ -325,6 +326,7 @@ class StorageNode:
         Raises `NodeRefuses` while no store is open.
         """
         store = self._readable_store()
+        self.last_use = self._clock.monotonic()
         found: list[StoredRecord] = await self._use(store.get_many, keys)
         self._counters["gets"] += len(keys)
         self._counters["get_bytes"] += sum(

@@ -70,7 +70,14 @@ class Placement:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPEN_RETRY_S", "OPEN_RETRY_S_MAX", "WATCH_S", "REGISTER_RETRY_S", "UPKEEP_S"):
+    for name in (
+        "OPEN_RETRY_S",
+        "OPEN_RETRY_S_MAX",
+        "WATCH_S",
+        "REGISTER_RETRY_S",
+        "UPKEEP_S",
+        "IDLE_S",
+    ):
         monkeypatch.setattr(host_module, name, 0.01)
     monkeypatch.setattr(host_module, "LEASE_WAIT_S", 0.1)
 
