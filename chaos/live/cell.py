@@ -56,6 +56,7 @@ class LiveCell:
             *arguments,
         )
         self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
         self._said: deque[str] = deque(maxlen=50)
         self.url = ""
 
@@ -119,8 +120,10 @@ class LiveCell:
             text=True,
             start_new_session=True,
         )
-        reader = threading.Thread(target=self._listen, args=(self._process, ready), daemon=True)
-        reader.start()
+        self._reader = threading.Thread(
+            target=self._listen, args=(self._process, ready), daemon=True
+        )
+        self._reader.start()
         if not ready.wait(START_S_MAX) or not self.url:
             raise CellFailed(f"the cell is not ready: {self.explain()}")
         return time.monotonic() - started
@@ -128,11 +131,12 @@ class LiveCell:
     def _listen(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
         assert process.stdout is not None
         self.url = ""
-        for line in process.stdout:
-            self._said.append(line.rstrip())
-            if line.startswith("ready "):
-                self.url = line.split()[1]
-                ready.set()
+        with process.stdout:
+            for line in process.stdout:
+                self._said.append(line.rstrip())
+                if line.startswith("ready "):
+                    self.url = line.split()[1]
+                    ready.set()
         ready.set()
 
     def stop(self) -> None:
@@ -143,9 +147,14 @@ class LiveCell:
         process.terminate()
         try:
             process.wait(STOP_S_MAX)
+            self._join_reader()
         except subprocess.TimeoutExpired as error:
             process.kill()
             raise CellFailed(f"the cell did not stop: {self.explain()}") from error
+
+    def _join_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.join(STOP_S_MAX)
 
     def kill_everything(self) -> int:
         """SIGKILL of every process of the cell at once; returns how many there were."""
@@ -159,6 +168,7 @@ class LiveCell:
         assert self._process is not None
         self._process.wait()
         self._process = None
+        self._join_reader()
         psutil.wait_procs(victims, timeout=STOP_S_MAX)
         return len(victims)
 

@@ -302,26 +302,29 @@ class Network:
         args: tuple[Any, ...],
         finished: Callable[[Any, BaseException | None], None],
     ) -> None:
-        """Run one request in the listener's process."""
+        """Run one request in the listener's process.  The observer is told in the same step in
+        which the answer is made: nothing else happens in between."""
 
-        def done(task: asyncio.Task[Any]) -> None:
-            if task.cancelled():
-                return
-            error = task.exception()
-            result = None if error is not None else task.result()
-            outcome = "ok" if error is None else type(error).__name__
-            self._trace.record(listener.process.name, method, outcome)
-            if self.observer is not None:
-                process = listener.process
-                self.observer(Answered(process, listener.target, method, args, result, error))
-            if error is not None and not isinstance(error, HaversackError):
+        async def carry_out() -> None:
+            result: Any = None
+            failure: HaversackError | None = None
+            try:
+                result = await getattr(listener.target, method)(*args)
+            except HaversackError as error:
+                failure = error
+            except Exception as error:  # noqa: BLE001 - a bug of the product ends the run
                 self._loop.fail(error)
                 return
-            finished(result, error)
+            outcome = "ok" if failure is None else failure.kind
+            self._trace.record(listener.process.name, method, outcome)
+            if self.observer is not None:
+                answered = Answered(
+                    listener.process, listener.target, method, args, result, failure
+                )
+                self.observer(answered)
+            finished(result, failure)
 
-        listener.process.spawn(getattr(listener.target, method)(*args), method).add_done_callback(
-            done
-        )
+        listener.process.spawn(carry_out(), method)
 
     # -- messages ------------------------------------------------------------------------------
 
