@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import encode, render
+from api.http_exchange import EXCHANGE
 from protocol.errors import HaversackError
 from protocol.hashing import Buffer
 
@@ -40,6 +41,10 @@ class Answer(Response):
         self.raw_headers: RawHeaders = [*headers, (b"content-length", b"%d" % self.length)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = scope.get(EXCHANGE)
+        if exchange is not None:
+            await exchange.respond(self.status_code, self.raw_headers, self.pieces)
+            return
         await send(
             {
                 "type": "http.response.start",

@@ -35,7 +35,7 @@ from api.ranges import cut_pieces, etag_of, matches_none, parse_range, range_app
 from api.routing import Route
 from cluster.block_client import BlockClient
 from cluster.block_index import BlockIndex
-from protocol.errors import BlockNotFound, BlockTooLarge, HashMismatch
+from protocol.errors import BlockNotFound, BlockTooLarge, HashMismatch, HaversackError
 from protocol.ids import BlockHash
 from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX
 
@@ -165,7 +165,11 @@ class BlockRoutes:
                 f"the body hashes to {digest}, not to its name {block}: nothing was stored",
                 {"hash": str(block), "actual": str(digest)},
             )
-        result = await self._blocks.put(call.account.id, block, parts, length)
+        try:
+            result = await self._blocks.put(call.account.id, block, parts, length)
+        except HaversackError as error:
+            self._metrics.put(error, length)
+            raise
         self._metrics.put(result, length)
         new = b"true" if result.new else b"false"
         body = b'{"hash":"%b","new":%b,"length":%d}' % (call.argument.encode(), new, length)

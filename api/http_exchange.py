@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 
@@ -199,6 +199,29 @@ class Exchange:
         more: bool = message.get("more_body", False)
         assert not self.answered, "a body after the end of the answer"
         self._write_body(body, more)
+        await self._carrier.drained()
+
+    async def respond(self, status: int, headers: Any, pieces: Sequence[Chunk]) -> None:
+        """The whole answer at once, past ASGI: header and pieces in one system call.
+
+        Content-Length is the sum of the pieces, except in an answer to HEAD, which has none.
+        """
+        if self.gone:
+            return
+        self._start(status, headers)
+        assert self._head is not None, "just made"
+        total = sum(map(len, pieces)) if self._left else 0
+        assert total == self._left, "the pieces are not what Content-Length says"
+        self._left = 0
+        self.head_sent = self.answered = True
+        if not total:
+            self._carrier.write([self._head])
+        elif total <= JOIN_BYTES_MAX:
+            self._carrier.write([b"".join((self._head, *pieces))])
+        else:
+            self._carrier.write([self._head, *pieces])
+        self._wake()
+        self._carrier.answered(self)
         await self._carrier.drained()
 
     def _start(self, status: int, headers: Any) -> None:

@@ -82,8 +82,8 @@ class _Instant:
     async def lengths(self, blocks: Sequence[BlockHash]) -> dict[BlockHash, int]:
         return {block: len(self._data(block)) for block in blocks}
 
-    async def get(self, block: BlockHash) -> bytes:
-        return self._data(block)
+    async def get_pieces(self, block: BlockHash) -> tuple[bytes, ...]:
+        return (self._data(block),)
 
     async def put(self, _owner: int, _block: BlockHash, _parts: Any, length: int) -> PutResult:
         return PutResult(True, length, False)
