@@ -96,7 +96,7 @@ class BlockSql(Protocol):
         expires: float,
     ) -> None:
         """Claims for (owner, live block) pairs, sorted, unless the owner's put made the row after
-        `created_after`, or its claim lasts at least until `renew_before`."""
+        `created_after`, or its claim lasts beyond `renew_before`."""
         ...
 
     def compare(

@@ -91,7 +91,7 @@ class PortableBlockSql:
         statement = statement.on_conflict_do_update(
             index_elements=[claims.c.owner, claims.c.hash],
             set_={"expires": statement.excluded.expires},
-            where=claims.c.expires < renew_before,
+            where=claims.c.expires <= renew_before,
         )
         connection.execute(statement, wanted)
 

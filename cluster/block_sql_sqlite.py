@@ -31,7 +31,7 @@ _WRITE_CLAIMS = (
     "INSERT INTO claims (owner, hash, expires) SELECT j.value, b.hash, :expires "
     f"FROM {_BLOCKS_AT_KEYS} WHERE NOT (b.owner = j.value AND b.created > :created_after) "
     "ON CONFLICT (owner, hash) DO UPDATE SET expires = excluded.expires "
-    "WHERE claims.expires < :renew_before"
+    "WHERE claims.expires <= :renew_before"
 )
 _COMPARE = (
     f"SELECT (SELECT group_concat(j.key) FROM {_BLOCKS_AT_KEYS}), "
