@@ -13,6 +13,7 @@ State of a child:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import os
@@ -110,6 +111,7 @@ class Child:
 
     def stop(self) -> bool:
         """SIGTERM, wait `stop_s`, SIGKILL.  True if it ended by itself."""
+        self.remember_descendants()
         process, self.state = self.process, ChildState.STOPPED
         self.process = None
         if process is None:
@@ -142,6 +144,15 @@ def reap_orphans(children: Sequence[Child]) -> None:
                 os.waitpid(process.pid, os.WNOHANG)
         except (psutil.NoSuchProcess, ChildProcessError):
             continue
+
+
+def reap_rest(seconds: float) -> None:
+    """At the end: collect every adopted process that still has to go, so that none stays behind."""
+    rest = psutil.Process().children()
+    for process in rest:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(rest, timeout=seconds)
 
 
 def watch(children: Sequence[Child]) -> list[Child]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import urlsplit
 
-from cli.children import Child, become_subreaper, watch
+from cli.children import Child, become_subreaper, reap_rest, watch
 from cli.failures import report_failure
 from protocol.errors import ConfigInvalid, DirectoryInUse, HaversackError
 
@@ -38,6 +38,7 @@ DESCENDANTS_S = 5.0
 READY_WARNING_S = 60.0
 GATEWAY_STOP_S = 15.0
 CONTROLLER_STOP_S = 45.0
+REAP_S = 5.0
 
 
 def lock_directory(data: Path) -> TextIO:
@@ -87,6 +88,7 @@ def run(data: Path) -> int:
     finally:
         gateway.stop()
         controller.stop()
+        reap_rest(REAP_S)
         lock.close()
     return 0
 
