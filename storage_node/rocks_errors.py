@@ -41,8 +41,10 @@ def classify(error: BaseException) -> DiskFailure:
     text = str(error)
     if "No space left on device" in text or "Disk quota exceeded" in text:
         return DiskFailure.NO_SPACE
+    if "While lock file" in text or "lock hold by current process" in text:
+        return DiskFailure.LOCKED
     if text.startswith("IO error"):
-        return DiskFailure.LOCKED if "lock" in text.lower() else DiskFailure.IO
+        return DiskFailure.IO
     if text.startswith("Invalid argument") and "does not exist" in text:
         return DiskFailure.MISSING
     return DiskFailure.CORRUPT

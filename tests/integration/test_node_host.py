@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -289,3 +291,24 @@ async def test_a_capacity_is_kept(config: NodeConfig) -> None:
 def test_the_secret_is_one_line_of_hex(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("00ff\n")
     assert read_secret(tmp_path / "secret") == b"\x00\xff"
+
+
+def test_a_node_process_loads_only_what_it_needs() -> None:
+    script = (
+        "import sys, storage_node.host, storage_node.actor\n"
+        "heavy = {'numpy', 'sqlalchemy', 'fastapi', 'pydantic', 'pyeclib', 'cryptography'}\n"
+        "found = heavy & {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not found - set(sys.argv[1:]), found\n"
+    )
+    plain = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, ray; print(*{n.partition('.')[0] for n in sys.modules})",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded_by_ray = plain.stdout.split()
+    subprocess.run([sys.executable, "-c", script, *loaded_by_ray], check=True)

@@ -21,6 +21,7 @@ SEEN = [
     ("Corruption: Corrupted compressed block contents", DiskFailure.CORRUPT),
     ("IO error: No such file or directory: While open a file", DiskFailure.IO),
     ("IO error: Input/output error: While fdatasync", DiskFailure.IO),
+    ("IO error: Input/output error: While reading a block of /x/000012.sst", DiskFailure.IO),
     (
         "IO error: No space left on device: While appending to file: /x/000012.sst",
         DiskFailure.NO_SPACE,
