@@ -40,6 +40,8 @@ GATEWAY_STOP_S = 15.0
 CONTROLLER_STOP_S = 45.0
 REAP_S = 5.0
 
+CONTROLLER = "controller"
+
 
 def lock_directory(data: Path) -> TextIO:
     """Hold `DIR/up.lock` for the life of this process.
@@ -78,7 +80,7 @@ def run(data: Path) -> int:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     _prepare(data)
-    controller = _child("controller", "cluster.supervisor", data, CONTROLLER_STOP_S)
+    controller = _child(CONTROLLER, "cluster.supervisor", data, CONTROLLER_STOP_S)
     gateway = _child("gateway", "api.gateway", data, GATEWAY_STOP_S)
     children = (controller, gateway)
     try:
@@ -131,6 +133,8 @@ def _serve(children: tuple[Child, ...], data: Path, signals: tuple[signal.Signal
             return
         for child in watch(children):
             print(f"{child.name} ended; starting it again, log: {child.log_path}", file=sys.stderr)
+            if child.name == CONTROLLER:
+                _prepare(data)  # every storage node went with it: the next start is a cold one
         now = time.monotonic()
         if now >= descendants_at:
             descendants_at = now + DESCENDANTS_S

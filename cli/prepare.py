@@ -1,8 +1,9 @@
 """`python -m cli.prepare`: what must be there before anything of a cell starts; safe to repeat.
 
-Called by `haversack up` once per start, in a process of its own.  Order matters, because it may be
-killed at any instant: the cell's row first, then each node's directory, then its row; the account
-before its token, the token's file last.  Afterwards actors only open what they find.
+Called by `haversack up` before each start of the controller, in a process of its own.  Order
+matters, because it may be killed at any instant: the cell's row first, then each node's directory,
+then its row; the account before its token, the token's file last.  Afterwards actors only open
+what they find.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.cell import Cell, NodeSpec, add_nodes, create_cell, open_cell, prepare_schema
+from cluster.cell import (
+    Cell,
+    NodeSpec,
+    add_nodes,
+    create_cell,
+    mark_stopped,
+    open_cell,
+    prepare_schema,
+)
 from cluster.controller_plan import ControllerPlan, PlannedNode, write_plan
 from cluster.topology import NodeState
 from erasure.scheme import Scheme
@@ -50,6 +59,7 @@ def prepare(settings: Settings) -> None:
         prepare_schema(database)
         cell = _cell(database, settings)
         _nodes(database, cell, settings)
+        mark_stopped(database, SystemClock())
         _plan(database, settings)
     finally:
         database.close()

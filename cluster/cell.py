@@ -16,7 +16,7 @@ from sqlalchemy import Connection, insert, select
 
 from cluster import map_rows
 from cluster.schema import cell, map_version
-from cluster.topology import NodeState, NodeView
+from cluster.topology import NodeEvent, NodeState, NodeView, may_happen, transition
 from erasure.scheme import Scheme
 from protocol.clock import Clock
 from protocol.errors import ConfigInvalid, FormatUnsupported
@@ -139,6 +139,28 @@ def add_nodes(db: Database, clock: Clock, specs: Sequence[NodeSpec]) -> None:
     """
     now = clock.wall()
     db.transact(lambda connection: _add_nodes(connection, specs, now))
+
+
+def mark_stopped(db: Database, clock: Clock) -> None:
+    """Note that no process of any node runs: called before a cold start of all of them.
+
+    Without it, gateways would take the nodes of the last life for those of this one until the
+    placement service has missed them for long enough.
+    """
+    now = clock.wall()
+
+    def work(connection: Connection) -> None:
+        members = [view for view in map_rows.read_nodes(connection) if view.endpoint]
+        if not members:
+            return
+        version = map_rows.next_version(connection)
+        for view in members:
+            map_rows.forget_endpoint(connection, view.node_id, version)
+            if may_happen(view.state, NodeEvent.MISSED):
+                state = transition(view.state, NodeEvent.MISSED)
+                map_rows.set_node_state(connection, view.node_id, state, now, "starting", version)
+
+    db.transact(work)
 
 
 def fingerprint(cluster_id: str, scheme: Scheme) -> str:

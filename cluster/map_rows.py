@@ -104,6 +104,13 @@ def set_node_state(
     )
 
 
+def forget_endpoint(connection: Connection, node_id: NodeId, version: int) -> None:
+    """The process behind a node's row has ended: nobody is to be sent there any more."""
+    connection.execute(
+        update(nodes).where(nodes.c.node_id == node_id).values(endpoint="", pid=0, changed=version)
+    )
+
+
 def begin_incarnation(connection: Connection, registration: NodeRegistration, version: int) -> None:
     """A node process announced itself: count it and note where it is.
 

@@ -169,12 +169,12 @@ class NodeView:
     @property
     def takes_writes(self) -> bool:
         """Whether a put should be sent to it."""
-        return self.state in TAKES_WRITES
+        return bool(self.endpoint) and self.state in TAKES_WRITES
 
     @property
     def serves_reads(self) -> bool:
-        """Whether a get should ask it before nodes that are down."""
-        return self.state in SERVES_READS
+        """Whether a get should ask it before nodes that are down or have not come back yet."""
+        return bool(self.endpoint) and self.state in SERVES_READS
 
 
 class VolumeState(enum.StrEnum):

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from cell_rows import CLUSTER_ID, RS, START, HandClock, empty_database, new_cell, node_spec
+from cell_rows import CLUSTER_ID, RS, START, HandClock, Rows, empty_database, new_cell, node_spec
 from sqlalchemy import text
 
 from cluster import map_rows
-from cluster.cell import CELL_FORMAT, add_nodes, create_cell, open_cell, prepare_schema
+from cluster.cell import (
+    CELL_FORMAT,
+    add_nodes,
+    create_cell,
+    mark_stopped,
+    open_cell,
+    prepare_schema,
+)
 from cluster.schema import metadata
 from cluster.topology import NodeState
 from erasure.scheme import Scheme
@@ -111,3 +118,17 @@ def test_two_nodes_cannot_share_a_store(db: Database) -> None:
     with pytest.raises(ConfigInvalid, match="store"):
         create_cell(db, HandClock(), CLUSTER_ID, RS, [spec, twin])
     assert open_cell(db) is None
+
+
+def test_a_cold_start_forgets_where_nodes_were_and_trusts_none_of_them(tmp_path: Path) -> None:
+    db, clock = empty_database(tmp_path), HandClock()
+    new_cell(db, clock)
+    Rows(db).register_all()
+    mark_stopped(db, clock)
+    mark_stopped(db, clock)
+    cell = open_cell(db)
+    assert cell is not None
+    assert {(node.endpoint, node.pid) for node in cell.nodes} == {("", 0)}
+    assert not any(node.serves_reads or node.takes_writes for node in cell.nodes)
+    assert {node.incarnation for node in cell.nodes} == {1}
+    db.close()
