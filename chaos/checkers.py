@@ -127,6 +127,20 @@ def read_is_served_or_excused(
     return []
 
 
+def put_is_taken_or_excused(
+    operation: Operation, healthy_nodes: int, needed_nodes: int
+) -> list[Violation]:
+    """Progress: a put fails only while fewer nodes than it needs worked throughout, and for some
+    time before.  Not for judging puts that met trouble which nobody in the cell can see."""
+    if healthy_nodes < needed_nodes:
+        return []
+    message = (
+        f"operation {operation.number} was refused ({operation.error}) although {healthy_nodes} "
+        f"nodes worked and {needed_nodes} suffice"
+    )
+    return [Violation("put_is_taken_or_excused", str(operation.blocks[0]), message)]
+
+
 # -- nodes -----------------------------------------------------------------------------------------
 
 

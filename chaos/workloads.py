@@ -62,6 +62,7 @@ class Judge(Protocol):
     """Told of every answer as it arrives."""
 
     def put_acknowledged(self, operation: Operation) -> None: ...
+    def put_failed(self, operation: Operation) -> None: ...
     def block_read(self, operation: Operation, data: Buffer) -> None: ...
     def read_failed(self, operation: Operation) -> None: ...
     def commit_refused(self, operation: Operation, missing: Sequence[BlockHash]) -> None: ...
@@ -349,6 +350,8 @@ class Client:
             (block,) = operation.blocks
             self._world.stored.setdefault(self._owner, []).append(block)
             self._world.judge.put_acknowledged(operation)
+        else:
+            self._world.judge.put_failed(operation)
 
     def _get_ended(self, operation: Operation, data: Buffer) -> None:
         if operation.outcome is Outcome.ACKNOWLEDGED:

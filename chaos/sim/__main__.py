@@ -71,7 +71,7 @@ def format_report(report: Report, trace_lines: int = 0) -> str:
         *report.options,
         "fired: " + (", ".join(f"{kind} {count}" for kind, count in report.fired.items()) or "-"),
         f"restarts {report.restarts}, fragments destroyed {report.fragments_destroyed}, "
-        f"failed reads excused {report.excused_reads}",
+        f"excused failures: {report.excused_reads} reads, {report.excused_puts} puts",
         "operations: " + ", ".join(f"{name} {count}" for name, count in report.operations.items()),
         "checks: " + ", ".join(f"{name} {count}" for name, count in report.checks.items()),
         f"{simulated_s:.0f} s simulated in {report.wall_s:.2f} s "

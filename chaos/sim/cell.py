@@ -31,7 +31,7 @@ from chaos.sim.network import Answered, Connection, Network, NotSent, Unanswered
 from chaos.sim.node import SimNode
 from chaos.sim.options import Options
 from chaos.sim.port import SimPort
-from chaos.sim.process import SimProcess
+from chaos.sim.process import SimProcess, current_process
 from chaos.sim.trace import Trace
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import NewBlock, RecordOutcome
@@ -40,6 +40,7 @@ from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
 from cluster.topology import NodeView
 from erasure.codec import Codec
+from erasure.keyring import Keyring
 from metadata.accounts import Accounts
 from protocol.errors import HaversackError, NodeUnavailable
 from protocol.ids import NodeId
@@ -143,7 +144,6 @@ class SimCell:
 
     def _add_host(self, name: str, start: Callable[[Host, Life], None]) -> None:
         host = Host(name, self._new_clock(), start, f"{self.options.seed}")
-        host.sql_faults.on_kill = lambda: self.kill(name, 1.0, "killed at a commit")
         self.hosts[name] = host
 
     def _new_clock(self) -> VirtualClock:
@@ -191,6 +191,19 @@ class SimCell:
         if down_s is not None:
             self.restarts += 1
             self.later(down_s, lambda: self.start(name))
+
+    def kill_running(self, down_s: float, why: str) -> None:
+        """SIGKILL the process that runs this very callback, zombie or not."""
+        process = current_process()
+        assert process is not None
+        host = self.hosts[process.name]
+        if host.life is not None and host.life.process is process:
+            self.kill(process.name, down_s, why)
+            return
+        for zombie in list(host.zombies):
+            if zombie.process is process:
+                self._end_zombie(host, zombie)
+        assert not process.alive
 
     def _end_life(self, life: Life) -> None:
         life.end()
@@ -327,6 +340,7 @@ class SimCell:
             host.rng("gateway"),
             _run_inline,
             self._codec,
+            Keyring([bytes(32)]) if self.options.encrypted else None,
             BlockClientSettings(scheme=self.options.scheme),
         )
         self.gateways[host.name] = gateway

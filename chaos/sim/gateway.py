@@ -20,6 +20,7 @@ from cluster.node_pool import NodePool
 from cluster.topology import NodeView
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
+from erasure.keyring import Keyring
 from metadata.accounts import Account, Accounts
 from metadata.changes import CommitRequest
 from metadata.tree import Tree
@@ -78,13 +79,14 @@ class SimGateway:
         rng: random.Random,
         run: Run,
         codec: Codec,
+        keyring: Keyring | None,
         settings: BlockClientSettings,
     ) -> None:
         self.index = parts.block_index(cell_db, clock)
         self.map = parts.volume_map(cell_db, clock)
         self.pool = parts.node_pool(self.map, connect, clock, rng)
         self.blocks = parts.block_client(
-            self.index, self.map, self.pool, codec, None, clock, rng, run, settings
+            self.index, self.map, self.pool, codec, keyring, clock, rng, run, settings
         )
         self.tree = parts.tree(metadata_db, clock)
         self.accounts = Accounts(metadata_db, clock, rng.randbytes)

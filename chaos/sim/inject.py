@@ -114,6 +114,9 @@ class Injector:
 
     def _sql_fired(self, effect: str) -> None:
         self._fired[_SQL_EFFECTS[effect]] += 1
+        now = self._cell.loop.time()
+        number = self._cell.impairments.begin("sql", effect, now)
+        self._cell.impairments.finish(number, now)
 
     def _disk_fired(self, effect: str) -> None:
         kind = _DISK_EFFECTS.get(effect)
@@ -144,12 +147,12 @@ class Injector:
 
     def kill_at_commit(self, fault: faults.KillAtCommit) -> None:
         sql = self._cell.hosts[fault.process].sql_faults
-        sql.on_kill = lambda: self._cell.kill(fault.process, fault.down_s, fault.kind)
+        sql.on_kill = lambda: self._cell.kill_running(fault.down_s, fault.kind)
         sql.kill = fault.after
 
     def kill_at_disk(self, fault: faults.KillAtDisk) -> None:
         disk = self._cell.disks[fault.node].faults
-        disk.on_kill = lambda: self._cell.kill(fault.node, fault.down_s, fault.kind)
+        disk.on_kill = lambda: self._cell.kill_running(fault.down_s, fault.kind)
         disk.kill = fault.moment
         self._cell.later(ARMED_S, lambda: setattr(disk, "kill", None))
 
@@ -333,9 +336,12 @@ class Injector:
     def _hinder_writes(self, node: NodeId, for_s: float, end: Callable[[], object]) -> None:
         """Counts against the budget; reads are not excused."""
         self._writes_hindered[node] += 1
+        impairments, now = self._cell.impairments, self._cell.loop.time
+        number = impairments.begin(f"writes to {node}", "hindered", now())
 
         def over() -> None:
             end()
+            impairments.finish(number, now())
             self._writes_hindered[node] -= 1
 
         self._cell.later(for_s, over)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from chaos import checkers
 from chaos.checkers import Seen, Violation
 from chaos.evidence import Stripe, Version
+from chaos.faults import FaultKind
 from chaos.ledger import Kind, Ledger, Operation, Outcome
 from chaos.sim.cell import SimCell
 from protocol.hashing import Buffer
@@ -28,6 +29,10 @@ back-off of `cluster.node_pool`, and a little."""
 
 ANSWER_SLACK_S = 10.0
 """Over a client's deadline."""
+
+
+UNSEEN_BY_PLACEMENT = frozenset({FaultKind.SLOW_DISK, FaultKind.READ_ERRORS, FaultKind.PARTITION})
+"""Conditions of a node under which its leases may go on as if nothing were wrong."""
 
 
 class SafetyViolation(Exception):
@@ -50,6 +55,7 @@ class SimJudge:
         self._ledger = ledger
         self.checks: Counter[str] = Counter()
         self.excused_reads = 0
+        self.excused_puts = 0
         self.seen: list[Seen] = []
         cell.receipt_faults = lambda found: self.rule("receipts_are_of_this_life", found)
 
@@ -65,6 +71,24 @@ class SimJudge:
         """At this instant the row is committed and the fragments are durable."""
         (block,) = operation.blocks
         self._block_is_whole(block)
+
+    def put_failed(self, operation: Operation) -> None:
+        """There was an excuse: too few nodes, or trouble that placement cannot see."""
+        touched = self._cell.impairments.touched(
+            operation.started - EXCUSE_GRACE_S, operation.ended
+        )
+        nodes = {str(node) for node in self._cell.disks}
+        if operation.outcome is Outcome.UNKNOWN or any(
+            name not in nodes or why in UNSEEN_BY_PLACEMENT for name, why in touched.items()
+        ):
+            self.excused_puts += 1
+            return
+        healthy = len(nodes - touched.keys())
+        needed = self._cell.options.scheme.write_minimum
+        self.rule(
+            "put_is_taken_or_excused",
+            checkers.put_is_taken_or_excused(operation, healthy, needed),
+        )
 
     def block_read(self, operation: Operation, data: Buffer) -> None:
         """The bytes are the block's."""

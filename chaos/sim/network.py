@@ -216,8 +216,11 @@ class Network:
                 answer.add_done_callback(lambda done: _settle(opened, _Expired()))
                 self._dial(connection, opened)
                 await opened
-            sent = True
-            self._send(connection, method, args, answer)
+            if connection.listener is None:
+                raise _Broken  # lost again before this process, stopped perhaps, could use it
+            if not answer.done():
+                sent = True
+                self._send(connection, connection.listener, method, args, answer)
             return await answer
         except (_Expired, _Broken, _Refused) as error:
             what = f"{method} to {connection.address}"
@@ -265,12 +268,11 @@ class Network:
     def _send(
         self,
         connection: Connection,
+        listener: Listener,
         method: str,
         args: tuple[Any, ...],
         answer: asyncio.Future[Any],
     ) -> None:
-        listener = connection.listener
-        assert listener is not None
         source, target = connection.source.name, listener.process.name
         quality = self._quality_of(source, target)
         connection.waiting[answer] = None
@@ -313,7 +315,8 @@ class Network:
             except HaversackError as error:
                 failure = error
             except Exception as error:  # noqa: BLE001 - a bug of the product ends the run
-                self._loop.fail(error)
+                if listener.process.alive:  # else it is how a fault ended a dead process's code
+                    self._loop.fail(error)
                 return
             outcome = "ok" if failure is None else failure.kind
             self._trace.record(listener.process.name, method, outcome)

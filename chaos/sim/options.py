@@ -38,6 +38,7 @@ class Options:
     hosts: int
     gateways: int
     shuffle: bool
+    encrypted: bool
     link: LinkQuality
     clock_drift: float
     """Clocks of hosts run up to this share fast or slow."""
@@ -54,15 +55,22 @@ class Options:
         weights = sorted(self.nemesis.weights.items(), key=lambda item: -item[1])
         return [
             f"cell: {self.scheme}, {self.nodes} nodes on {self.hosts} hosts, "
-            f"{self.gateways} gateways, shuffled schedule: {'yes' if self.shuffle else 'no'}",
+            f"{self.gateways} gateways, shuffled schedule: {_yes(self.shuffle)}, encrypted: "
+            f"{_yes(self.encrypted)}",
             f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
             f"drift up to {self.clock_drift:.4%}",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
             f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
             f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
             f"{self.nemesis.impaired_nodes_max} nodes out at once; "
-            + ", ".join(f"{kind} {weight:.2f}" for kind, weight in weights),
+            + ", ".join(f"{kind} {weight:.2f}" for kind, weight in weights)
+            if weights
+            else "faults: none",
         ]
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
 
 
 def draw_options(seed: int) -> Options:
@@ -80,6 +88,7 @@ def draw_options(seed: int) -> Options:
         hosts=rng.choice([1, nodes, max(2, nodes // 2)]),
         gateways=rng.choice([1, 2, 2]),
         shuffle=rng.random() < 0.7,
+        encrypted=rng.random() < 0.25,
         link=LinkQuality(latency_mean_s=rng.choice([0.0002, 0.0005, 0.003])),
         clock_drift=rng.choice([0.0, 0.0001, 0.01]),
         lease_interval_s=rng.choice([1.0, 2.0, 3.0, 3.0]),

@@ -93,6 +93,7 @@ class Report:
     checks: dict[str, int]
     restarts: int
     excused_reads: int
+    excused_puts: int
     fragments_destroyed: int
     virtual_s: float
     """Simulated seconds."""
@@ -312,6 +313,7 @@ def simulate(
             checks=dict(run.judge.checks),
             restarts=run.cell.restarts,
             excused_reads=run.judge.excused_reads,
+            excused_puts=run.judge.excused_puts,
             fragments_destroyed=run.cell.atlas.destroyed,
             virtual_s=run.loop.time() - run.started_at,
             wall_s=time.perf_counter() - started,

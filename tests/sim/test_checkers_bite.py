@@ -71,6 +71,9 @@ DEFECTS = {
     "a node that failed once is never read again": Defect(
         _gateway(node_pool=mutants.NeverForgives), "kill_m", "read_is_served_or_excused"
     ),
+    "a node that failed a write once is never written to again": Defect(
+        _gateway(node_pool=mutants.NeverTrustsAgain), "kill_m", "put_is_taken_or_excused"
+    ),
     "the hash alone authorises": Defect(
         _gateway(tree=mutants.TrustsTheHash), "calm", "references_are_authorised"
     ),

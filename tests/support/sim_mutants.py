@@ -70,6 +70,29 @@ class NeverSyncs(MemoryStore):
         super().close()
 
 
+class NeverTrustsAgain(NodePool):
+    """A node that failed a write once is not written to again."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._banned: dict[NodeId, None] = {}
+
+    async def write(
+        self,
+        node_id: NodeId,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+    ) -> PutOutcome:
+        if node_id in self._banned:
+            raise NodeUnavailable(f"{node_id} failed before")
+        try:
+            return await super().write(node_id, incarnation, records, deadline_s)
+        except HaversackError:
+            self._banned[node_id] = None
+            raise
+
+
 class IgnoresIncarnation(StorageNode):
     """Takes writes meant for another of its lives."""
 

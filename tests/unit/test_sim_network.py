@@ -222,6 +222,24 @@ def test_a_duplicated_request_is_carried_out_twice_and_answered_once() -> None:
     cell.loop.close()
 
 
+def test_a_connection_lost_while_its_owner_was_stopped_means_nothing_was_sent(cell: Cell) -> None:
+    async def call() -> None:
+        with pytest.raises(NodeUnavailable, match="broken"):
+            await cell.port.put(1, [[b"x"]], 60.0)
+
+    async def main() -> None:
+        task = cell.client.spawn(call(), "call")
+        await asyncio.sleep(0)
+        cell.client.pause()
+        await asyncio.sleep(1.0)
+        cell.kill_server()
+        cell.client.resume()
+        await task
+        assert cell.echo.calls == []
+
+    cell.run(main())
+
+
 def test_closing_a_port_fails_what_is_under_way(cell: Cell) -> None:
     cell.echo.service_s = 5.0
 
