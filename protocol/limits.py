@@ -55,8 +55,8 @@ BATCH_BLOCKS_MAX: Final = 4_096
 COMMIT_ENTRIES_MAX: Final = 1_000
 """Entries in one batch of commits."""
 
-COMMIT_BLOCKS_MAX: Final = 262_144
-"""Blocks one version may list inline: 1 TiB at 4 MiB each."""
+COMMIT_BLOCKS_MAX: Final = 65_536
+"""Blocks one version may list: 256 GiB at 4 MiB each, and the list fits one JSON request."""
 
 NAME_BYTES_MAX: Final = 255
 """One path segment in UTF-8: what ext4, XFS, APFS and NTFS can hold."""
@@ -104,4 +104,5 @@ assert SMALL_BLOCK_BYTES < BLOCK_BYTES_MAX < VOLUME_BYTES_TARGET
 assert INLINE_FILE_BYTES_MAX < SMALL_BLOCK_BYTES
 assert NODE_QUEUE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert BATCH_BLOCKS_MAX <= FRAME_ITEMS_MAX
+assert COMMIT_BLOCKS_MAX * len('"' + "0" * 64 + '", ') < JSON_BODY_BYTES_MAX
 assert GATEWAY_PUT_BYTES_MAX > 4 * BATCH_BODY_BYTES_MAX
