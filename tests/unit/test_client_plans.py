@@ -219,4 +219,8 @@ def test_the_bound_on_a_commits_json_holds(new: NewEntry) -> None:
 def test_a_batch_of_inline_files_fits_a_request() -> None:
     entry = NewEntry("/" + "x" * 200, 4096, 1.0, "r1", content=bytes(4096))
     assert 1000 * entry.json_bytes_at_most() < JSON_BODY_BYTES_MAX
-    assert COMMIT_BLOCKS_MAX * 64 > JSON_BODY_BYTES_MAX, "so large files need the client's check"
+
+
+def test_the_longest_block_list_fits_a_request() -> None:
+    entry = NewEntry("/" + "x" * 200, 10**12, 1.0, "r1", blocks=(name(1),) * COMMIT_BLOCKS_MAX)
+    assert entry.json_bytes_at_most() < JSON_BODY_BYTES_MAX
