@@ -26,6 +26,9 @@ from protocol.errors import (
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash
 
+DETAIL_CHARACTERS_MAX = 1_500
+"""Of an error's details, kept in the ledger."""
+
 
 class NoAnswer(Exception):
     """The request was sent, and the connection broke or the deadline passed: outcome unknown."""
@@ -394,5 +397,7 @@ def _end_failed(
 
 
 def _describe(error: Exception) -> str:
-    kind = error.kind if isinstance(error, HaversackError) else type(error).__name__
-    return f"{kind}: {error}"
+    if not isinstance(error, HaversackError):
+        return f"{type(error).__name__}: {error}"
+    details = f" {error.details}" if error.details else ""
+    return f"{error.kind}: {error}{details[:DETAIL_CHARACTERS_MAX]}"

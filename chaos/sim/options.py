@@ -142,6 +142,14 @@ SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
         options, FaultKind.POWER_CUT, gap_s=30.0, impaired_max=options.nodes
     ),
     "zombies": lambda options: _only(options, FaultKind.PAUSE, FaultKind.DOUBLE_START, gap_s=10.0),
+    "laggards": lambda options: _only(
+        options,
+        FaultKind.KILL,
+        FaultKind.PAUSE,
+        FaultKind.SLOW_DISK,
+        gap_s=3.0,
+        impaired_max=options.nodes,
+    ),
     "bit_rot": lambda options: _only(
         options,
         FaultKind.CORRUPT_RECORD,
