@@ -144,6 +144,8 @@ def _serve(children: tuple[Child, ...], data: Path, signals: tuple[signal.Signal
             url = _ready_url(data)
             if url is not None:
                 ready = True
+                for child in children:  # a gateway that starts again must be where it was
+                    child.environment["HAVERSACK_PORT"] = str(urlsplit(url).port)
                 print(f"ready {url}", flush=True)
             elif not warned and now - started > READY_WARNING_S:
                 warned = True
