@@ -56,6 +56,8 @@ from storage_node.node import StorageNode
 CLUSTER_ID = "simulated-cell"
 OWNERS = ("ann", "bob", "cat")
 REGISTER_DEADLINE_S = 5.0
+OPEN_VOLUME_S = 2.0
+"""A pass of the placement service, and the next look of a gateway at the map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,7 @@ class SimCell:
             host.clock,
             host.rng("service"),
             lambda view: self._connect(life.process, view),
-            PlacementSettings(lease_interval_s=self.options.lease_interval_s),
+            self._placement_settings(),
             holder=f"placement-{life.number}",
         )
 
@@ -341,11 +343,22 @@ class SimCell:
             _run_inline,
             self._codec,
             Keyring([bytes(32)]) if self.options.encrypted else None,
-            BlockClientSettings(scheme=self.options.scheme),
+            self._client_settings(),
         )
         self.gateways[host.name] = gateway
         self.network.listen(f"{host.name}:1", life.process, gateway)
         self._may_recover(host)
+
+    def _placement_settings(self) -> PlacementSettings:
+        return PlacementSettings(lease_interval_s=self.options.lease_interval_s)
+
+    def _client_settings(self) -> BlockClientSettings:
+        """A put waits for as long as placement may take to replace a volume whose node died."""
+        placement = self._placement_settings()
+        notice_s = placement.down_after_s + placement.lease_interval_s + placement.call_deadline_s
+        return BlockClientSettings(
+            scheme=self.options.scheme, placement_wait_s=notice_s + OPEN_VOLUME_S
+        )
 
     def placement_address(self) -> str:
         """Where the placement service that its supervisor knows of answers."""

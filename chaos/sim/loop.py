@@ -24,8 +24,8 @@ from chaos.sim.process import CURRENT, current_process, process_of
 
 T = TypeVar("T")
 
-STEPS_AT_ONE_INSTANT_MAX = 200_000
-"""Callbacks without progress of time that count as a livelock."""
+STEPS_WITHOUT_REST_MAX = 200_000
+"""Callbacks, one causing the next without ever waiting for a timer, that count as a livelock."""
 
 _CANCELLED_TIMERS_MIN = 128
 """Cancelled timers that are left in the heap before it is cleaned."""
@@ -135,13 +135,19 @@ class _SimTimer(asyncio.TimerHandle):
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """See the module's docstring.  `start` is the first value of `time()`, in seconds."""
+    """See the module's docstring.
+
+    `start` is the first value of `time()`, in seconds; each callback takes `step_s` of virtual
+    time.  It should be zero where a test wants exact instants, and not where code waits for the
+    rest of an interval: without it, a rest below the resolution of a float never passes.
+    """
 
     def __init__(
         self,
         *,
         shuffle: random.Random | None = None,
         start: float = 1_000.0,
+        step_s: float = 0.0,
         steps_max: float = math.inf,
         seconds_max: float = math.inf,
         inline_executor: bool = False,
@@ -151,6 +157,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._shuffle = shuffle
         self._steps_max = steps_max
         self._time_max = start + seconds_max
+        self._step_s = step_s
         self._inline_executor = inline_executor
         self._queue: list[asyncio.Handle] = []
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
@@ -159,7 +166,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._unfinished: list[SimTask[Any]] = []
         self._failed: list[SimTask[Any]] = []
         self._created_since_sweep = 0
-        self._steps_at_instant = 0
+        self._steps_without_rest = 0
         self._burying = False
         self._failure: BaseException | None = None
         self.steps = 0
@@ -233,17 +240,20 @@ class SimLoop(asyncio.BaseEventLoop):
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
-        self._steps_at_instant += len(batch)
-        if self._steps_at_instant > STEPS_AT_ONE_INSTANT_MAX:
+        self._steps_without_rest += len(batch)
+        if self._steps_without_rest > STEPS_WITHOUT_REST_MAX:
             raise Livelock(
-                f"{self._steps_at_instant} callbacks at {self._now:.6f} s without progress: "
+                f"{self._steps_without_rest} callbacks until {self._now:.6f} s without progress: "
                 + self.describe_waiting()
             )
+        if self._step_s:
+            self._now += self._step_s * len(batch)
+            self._collect_due()
         if self.steps > self._steps_max:
             raise LimitReached(f"more than {self._steps_max} steps, at {self._now:.3f} s")
 
     def _advance(self) -> None:
-        """Jump to the next timer and make all timers of that instant ready."""
+        """Jump to the next timer."""
         timers = self._timers
         while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
@@ -253,9 +263,14 @@ class SimLoop(asyncio.BaseEventLoop):
         when = timers[0][0]
         if when > self._now:
             self._now = when
-            self._steps_at_instant = 0
+            self._steps_without_rest = 0
         if self._now > self._time_max:
             raise LimitReached(f"more virtual time than {self._time_max:.3f} s")
+        self._collect_due()
+
+    def _collect_due(self) -> None:
+        """Make the timers of this instant ready."""
+        timers = self._timers
         while timers and timers[0][0] <= self._now:
             timer = heapq.heappop(timers)[2]
             if timer.cancelled():

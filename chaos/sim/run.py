@@ -55,6 +55,9 @@ CONVERGE_S = 300.0
 
 STEPS_PER_RUN_MAX = 60_000_000
 
+STEP_S = 1e-6
+"""Virtual time of one callback."""
+
 PROBE_OWNER = 999
 """Account number that probes put under: nobody's."""
 
@@ -113,7 +116,7 @@ class SimRun:
     def __init__(self, options: Options, parts: Parts, directory: Path) -> None:
         shuffle = random.Random(f"{options.seed}-shuffle") if options.shuffle else None
         self.options = options
-        self.loop = SimLoop(shuffle=shuffle, steps_max=STEPS_PER_RUN_MAX)
+        self.loop = SimLoop(shuffle=shuffle, step_s=STEP_S, steps_max=STEPS_PER_RUN_MAX)
         self.loop.set_exception_handler(self._unhandled)
         self.trace = Trace(self.loop.time)
         self.cell = SimCell(options, self.loop, self.trace, directory, _CODEC, parts)

@@ -139,6 +139,35 @@ def test_livelock_is_an_error(make_loop: MakeLoop) -> None:
         loop.run_until_complete(main())
 
 
+def test_steps_take_time_so_that_the_smallest_rest_passes(make_loop: MakeLoop) -> None:
+    """A loop that waits for the rest of an interval, by a clock that differs from the timer's."""
+    loop = make_loop(start=1_000.0, step_s=1e-6)
+    clock = VirtualClock(loop, rate=0.99)
+
+    async def main() -> None:
+        due = clock.monotonic() + 2.0
+        while (rest := due - clock.monotonic()) > 0:  # noqa: ASYNC110 - the point of the test
+            await asyncio.sleep(rest)
+        assert 2.0 <= clock.monotonic() < 2.001
+
+    loop.run_until_complete(main())
+    assert loop.steps < 100
+
+
+def test_timers_that_come_due_while_work_goes_on_are_not_held_back(make_loop: MakeLoop) -> None:
+    loop = make_loop(step_s=1e-3)
+    fired: list[float] = []
+
+    async def main() -> None:
+        loop.call_later(0.01, lambda: fired.append(loop.time()))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert fired
+        assert fired[0] < 1_000.0 + 0.015
+
+    loop.run_until_complete(main())
+
+
 @pytest.mark.parametrize("limit", [{"steps_max": 100}, {"seconds_max": 100.0}])
 def test_a_run_ends_at_its_limit(make_loop: MakeLoop, limit: dict[str, Any]) -> None:
     loop = make_loop(**limit)
