@@ -51,7 +51,10 @@ def wrong_blocks(cell: LiveCell, ledger: Ledger) -> list[str]:
 
 
 class Writer:
-    """Threads that put blocks of mixed sizes until told to stop, each with a ledger of its own."""
+    """Threads that put blocks of mixed sizes until told to stop, each with a ledger of its own.
+
+    They are daemons: a test that fails before it stops them still ends.
+    """
 
     SIZES = (1, 1_000, 5_000, 127 * 1024, 128 * 1024, 1_000_003, 4 * 1024 * 1024)
 
@@ -60,7 +63,9 @@ class Writer:
         self._stop = threading.Event()
         self._ledgers = [Ledger() for _ in range(clients)]
         self._threads = [
-            threading.Thread(target=self._run, args=(ledger, random.Random(f"{seed}/{i}")))
+            threading.Thread(
+                target=self._run, args=(ledger, random.Random(f"{seed}/{i}")), daemon=True
+            )
             for i, ledger in enumerate(self._ledgers)
         ]
 
