@@ -43,8 +43,11 @@ class Stripe:
 
     @property
     def intact(self) -> frozenset[int]:
-        """Slots that can be read as far as the disk is concerned."""
-        return frozenset(slot for slot, state in enumerate(self.slots) if state is SlotState.INTACT)
+        """Slots that can be read as far as the disk is concerned.  A fault may have left a record
+        whose checksums match and whose bytes lie: it counts as destroyed."""
+        states = enumerate(self.slots)
+        good = frozenset(slot for slot, state in states if state is SlotState.INTACT)
+        return good - self.destroyed
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,8 @@ def test_a_failed_read_needs_an_excuse(ledger: Ledger) -> None:
     assert checkers.read_is_served_or_excused(read, damaged, frozenset({0, 1})) == []
     assert checkers.read_is_served_or_excused(read, damaged, frozenset({0, 1, 2}))
     assert checkers.read_is_served_or_excused(read, None, frozenset())
+    lying = stripe(INTACT, INTACT, CORRUPT, INTACT, destroyed=(0, 2))
+    assert checkers.read_is_served_or_excused(read, lying, frozenset({0, 1})) == []
 
 
 def granted(at: float, incarnation: int, life: int = 1) -> LeaseGranted:
