@@ -28,6 +28,7 @@ import httptools
 
 from api.errors import render
 from api.http_exchange import Chunk, Exchange
+from protocol.buffers import buffer_to_fill
 from protocol.errors import HaversackError, HeaderTooLarge, MalformedHttp, RequestTimeout
 from protocol.limits import HEADER_BYTES_MAX, KIB, MIB
 
@@ -266,7 +267,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             return
         left = exchange.body_length - exchange.received_bytes
         if left >= DIRECT_BYTES_MIN:
-            self._segment = memoryview(bytearray(min(left, SEGMENT_BYTES)))
+            self._segment = memoryview(buffer_to_fill(min(left, SEGMENT_BYTES)))
             self._filled = 0
 
     def _fill_segment(self, count: int) -> None:
@@ -278,7 +279,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._filled < len(segment):
             return
         left = exchange.body_length - exchange.received_bytes - len(segment)
-        self._segment = memoryview(bytearray(min(left, SEGMENT_BYTES))) if left else None
+        self._segment = memoryview(buffer_to_fill(min(left, SEGMENT_BYTES))) if left else None
         self._filled = 0
         exchange.push(segment)
         if not left:

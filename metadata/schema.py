@@ -8,7 +8,7 @@ SQLAlchemy only.  Changes go through `metadata/migrations` (`docs/design/010-met
 | accounts         | person or program that may come in                 | `accounts`              |
 | tokens           | bearer token, as its SHA-256                       | `accounts`              |
 | namespaces       | tree with a journal of its own                     | `namespaces`            |
-| entries          | file, symlink or folder, live or in the trash      | `batch`, `tree`; roots: `namespaces` |
+| entries          | file, symlink, folder or root, live or in trash    | `batch`, `tree`, ...    |
 | versions         | content a file or symlink has or had               | `batch`                 |
 | namespace_blocks | (namespace, block) that a kept version lists       | `references`            |
 | journal          | change of a namespace                              | `namespaces`            |

@@ -15,6 +15,7 @@ from typing import Final, TypeVar, cast
 
 import msgspec
 
+from protocol.buffers import buffer_to_fill
 from protocol.errors import FormatUnsupported
 from protocol.frames import (
     HEADER_BYTES,
@@ -223,7 +224,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
             if not self.body_announced(size):
                 self._held = True
                 return False
-            self._body = memoryview(bytearray(size))
+            self._body = memoryview(buffer_to_fill(size))
             got = min(size, self._end - self._start)
             self._body[:got] = self._scratch_view[self._start : self._start + got]
             self._start += got
