@@ -118,10 +118,12 @@ class LoseDisk:
 @dataclass(frozen=True, slots=True)
 class EmptyDisk:
     """A node is restarted over an emptied directory, as after a disk swap nobody announced.  It
-    must refuse to serve rather than answer that it holds nothing."""
+    must refuse to serve rather than answer that it holds nothing; formatted anew under the old
+    name, it must not be let in."""
 
     kind: ClassVar[FaultKind] = FaultKind.EMPTY_DISK
     node: NodeId
+    reformatted: bool
 
 
 class Damage(enum.StrEnum):

@@ -199,7 +199,7 @@ _DRAWS: Mapping[FaultKind, _Draw] = {
     FaultKind.PAUSE: lambda n: faults.Pause(n.process(), n.for_s()),
     FaultKind.POWER_CUT: lambda n: faults.PowerCut(n.down_s()),
     FaultKind.LOSE_DISK: lambda n: faults.LoseDisk(n.node(), n.pick() < 0.7),
-    FaultKind.EMPTY_DISK: lambda n: faults.EmptyDisk(n.node()),
+    FaultKind.EMPTY_DISK: lambda n: faults.EmptyDisk(n.node(), n.pick() < 0.5),
     FaultKind.CORRUPT_RECORD: lambda n: faults.CorruptRecord(
         n.node(), n.pick(), list(Damage)[int(n.pick() * len(Damage))], n.pick() < 0.3
     ),

@@ -263,12 +263,16 @@ class SimCell:
         for zombie in list(host.zombies):
             self._end_zombie(host, zombie)
 
-    def lose_disk(self, node_id: NodeId) -> None:
-        """All that a disk held is gone, its identity first."""
+    def lose_disk(self, node_id: NodeId, *, reformatted: bool = False) -> None:
+        """All that a disk held is gone, its identity first; somebody may format it anew."""
         self.atlas.lose_disk(node_id, self.disks[node_id].stored_keys(), self.loop.time())
         self.impairments.begin(node_id, "disk lost", self.loop.time())
-        shutil.rmtree(self._node_directory(node_id))
-        self._node_directory(node_id).mkdir()
+        directory = self._node_directory(node_id)
+        shutil.rmtree(directory)
+        directory.mkdir()
+        self.disks[node_id].wipe()
+        if reformatted:
+            identity.initialise(directory, Identity(CLUSTER_ID, node_id, f"new-{node_id}"))
 
     def later(self, delay_s: float, action: Callable[[], object]) -> None:
         """Do something outside every process."""
@@ -357,7 +361,10 @@ class SimCell:
         placement = self._placement_settings()
         notice_s = placement.down_after_s + placement.lease_interval_s + placement.call_deadline_s
         return BlockClientSettings(
-            scheme=self.options.scheme, placement_wait_s=notice_s + OPEN_VOLUME_S
+            scheme=self.options.scheme,
+            rows_cached_max=self.options.rows_cached,
+            map_age_s=self.options.map_age_s,
+            placement_wait_s=notice_s + OPEN_VOLUME_S,
         )
 
     def placement_address(self) -> str:

@@ -89,6 +89,11 @@ class SimDisk:
         entry = self.disk.entries.get(key.pack())
         return None if entry is None else entry.record
 
+    def wipe(self) -> None:
+        """Another disk stands in the place of this one.  Call it only while no process runs."""
+        self.disk = Disk()
+        self._holder = None
+
     def incarnation(self) -> int:
         """The newest that a node adopted on this disk; 0 for none."""
         return int.from_bytes(self.disk.state.get("incarnation", b""), "big")

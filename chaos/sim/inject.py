@@ -186,8 +186,9 @@ class Injector:
 
     def empty_disk(self, fault: faults.EmptyDisk) -> None:
         self._fired[fault.kind] += 1
+        self._cell.end_zombies(self._cell.hosts[fault.node])
         self._cell.kill(fault.node, 1.0, fault.kind)
-        self._cell.lose_disk(fault.node)
+        self._cell.lose_disk(fault.node, reformatted=fault.reformatted)
 
     def corrupt_record(self, fault: faults.CorruptRecord) -> None:
         key = self._spare_record(fault.node, fault.pick)

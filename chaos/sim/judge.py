@@ -192,6 +192,7 @@ class SimJudge:
                 [
                     violation
                     for node, disk in self._cell.disks.items()
+                    if node not in self._cell.atlas.lost_disks()
                     for violation in checkers.incarnation_is_durable(
                         node, self._cell.node_events, disk.incarnation()
                     )

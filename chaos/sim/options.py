@@ -43,6 +43,10 @@ class Options:
     clock_drift: float
     """Clocks of hosts run up to this share fast or slow."""
     lease_interval_s: float
+    map_age_s: float
+    """How old a gateway's map may be when an operation starts."""
+    rows_cached: int
+    """Rows of the block index that a gateway keeps."""
     fault_s: float
     """How long faults and clients go on."""
     quiet_s: float
@@ -58,7 +62,8 @@ class Options:
             f"{self.gateways} gateways, shuffled schedule: {_yes(self.shuffle)}, encrypted: "
             f"{_yes(self.encrypted)}",
             f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
-            f"drift up to {self.clock_drift:.4%}",
+            f"drift up to {self.clock_drift:.4%}; leases every {self.lease_interval_s:g} s, maps "
+            f"up to {self.map_age_s:g} s old, {self.rows_cached} rows cached",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
             f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
             f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
@@ -92,6 +97,8 @@ def draw_options(seed: int) -> Options:
         link=LinkQuality(latency_mean_s=rng.choice([0.0002, 0.0005, 0.003])),
         clock_drift=rng.choice([0.0, 0.0001, 0.01]),
         lease_interval_s=rng.choice([1.0, 2.0, 3.0, 3.0]),
+        map_age_s=rng.choice([1.0, 1.0, 15.0]),
+        rows_cached=rng.choice([4, 10_000]),
         fault_s=fault_s,
         quiet_s=rng.choice([20.0, 60.0, 240.0]),
         workload=WorkloadPlan.draw(rng, rng.randint(200, 340), fault_s),
