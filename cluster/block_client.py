@@ -25,6 +25,7 @@ from cluster.block_index import BlockIndex, BlockRow
 from cluster.block_rows import BlockRows
 from cluster.byte_budget import ByteBudget
 from cluster.get_path import GetPath
+from cluster.hedging import HedgeBudget
 from cluster.node_pool import NodePool
 from cluster.put_path import PendingBlock, PutPath
 from cluster.stripe_read import Pieces, ReadTools, joined
@@ -66,7 +67,7 @@ class BlockClient:
         self._schemes = tuple(dict.fromkeys((self._small, self._large)))  # replicas: one and same
         self._rows = BlockRows(index, settings.rows_cached_max)
         self._map = volume_map
-        self._tools = ReadTools(pool, codec, keyring, clock, rng, run, settings)
+        self._tools = ReadTools(pool, HedgeBudget(), codec, keyring, clock, rng, run, settings)
         self._put_path = PutPath(
             index, self._rows, volume_map, pool, codec, keyring, clock, rng, run, settings
         )

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from cluster.block_client_settings import BlockClientSettings, FragmentProblem, ProblemKind, Run
 from cluster.block_index import BlockRow
+from cluster.hedging import HedgeBudget
 from cluster.node_pool import Direction, NodePool
 from cluster.topology import VolumeView
 from erasure.codec import Codec
@@ -59,6 +60,7 @@ class ReadTools(NamedTuple):
     """What every read needs; one per block client."""
 
     pool: NodePool
+    hedges: HedgeBudget
     codec: Codec
     keyring: Keyring | None
     clock: Clock
@@ -178,6 +180,7 @@ class StripeRead:
         `failures` and `problems` then say why, and also what was wrong on the way to a success.
         """
         plain: Pieces | None = None
+        self._tools.hedges.earn()
         try:
             while plain is None:
                 self._start_slots()
@@ -229,7 +232,11 @@ class StripeRead:
         now = self._tools.clock.monotonic()
         late = sum(1 for slot in self._pending if self._late_at[slot] <= now)
         on_time = len(self._pending) - late
-        while self._trusted and len(self.fragments) + on_time < self._wanted:
+        while (
+            self._trusted
+            and len(self.fragments) + on_time < self._wanted
+            and self._tools.hedges.spend()
+        ):
             self._start(self._trusted.pop(0))
             on_time += 1
 
