@@ -13,6 +13,12 @@ them.  Imports SQLAlchemy only.  Changes go through `cluster/migrations` (`docs/
 | blocks       | live block                     | the block index                               |
 | claims       | (account, block)               | the block index                               |
 | debts        | fragment known to be missing   | the block index                               |
+| slot_moves   | slot being rebuilt or moved    | repair                                        |
+| unrepairable | block that repair gave up on   | repair                                        |
+| stray        | fragment in no row's slot      | the verifier                                  |
+| passes       | pass of a verifier or scrubber | the verifier, repair                          |
+| jobs         | change that somebody asked for | the API, repair                               |
+| events       | thing that happened            | placement, repair, the verifier               |
 | leaders      | role that one process may hold | `leadership`                                  |
 """
 
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -30,6 +37,7 @@ from sqlalchemy import (
     SmallInteger,
     String,
     Table,
+    Text,
     text,
 )
 
@@ -74,6 +82,8 @@ nodes = Table(
     Column("used_bytes", BigInteger, nullable=False),
     Column("fragments", BigInteger, nullable=False),
     Column("detail", String, nullable=False),
+    # The node says itself that its disk is bad: its slots are placed anew without waiting.
+    Column("disk_failed", Boolean, nullable=False, server_default=text("false")),
     # Map version of the row's last change; bytes, fragments and detail do not count as one.
     Column("changed", BigInteger, nullable=False),
     sqlite_with_rowid=False,
@@ -143,6 +153,8 @@ debts = Table(
     Column("slot", SmallInteger, primary_key=True, autoincrement=False),
     Column("hash", LargeBinary, primary_key=True),
     Column("since", Float, nullable=False),
+    # `DebtReason`: never written, or lost since and how that showed.
+    Column("reason", String, nullable=False, server_default=text("'not written'")),
     sqlite_with_rowid=False,
 )
 
@@ -154,4 +166,87 @@ leaders = Table(
     Column("holder", String, nullable=False),
     Column("since", Float, nullable=False),
     sqlite_with_rowid=False,
+)
+
+slot_moves = Table(
+    "slot_moves",
+    metadata,
+    Column("volume_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    # Where the slot's fragments are being made; the map says so only once all were verified there.
+    Column("target", String, nullable=False),
+    # Of the volume since the move began; a put of an earlier epoch is fenced.
+    Column("epoch", BigInteger, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("job_id", BigInteger, nullable=True),
+    Column("begun", Float, nullable=False),
+    Index("slot_moves_target", "target"),
+    sqlite_with_rowid=False,
+)
+
+unrepairable = Table(
+    "unrepairable",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    Column("volume_id", BigInteger, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("tried", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+stray = Table(
+    "stray",
+    metadata,
+    Column("node_id", String, primary_key=True),
+    Column("volume_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, primary_key=True),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    # `StrayKind`: an orphan, or misplaced.
+    Column("kind", String, nullable=False),
+    Column("first_seen", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+passes = Table(
+    "passes",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("subject", String, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("begun", Float, nullable=False),
+    Column("ended", Float, nullable=True),
+    # JSON: where it stands, counts, examples.
+    Column("body", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", Integer, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("subject", String, nullable=False),
+    # JSON: what was asked for.
+    Column("arguments", Text, nullable=False),
+    Column("state", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("changed", Float, nullable=False),
+    Column("done_units", BigInteger, nullable=False),
+    Column("total_units", BigInteger, nullable=False),
+    Column("done_bytes", BigInteger, nullable=False),
+    Column("total_bytes", BigInteger, nullable=False),
+    Column("detail", String, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("event_id", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("kind", String, nullable=False),
+    # `node-03`, `volume-12` or a block's hash: what `why` is asked about.
+    Column("subject", String, nullable=False),
+    Column("detail", String, nullable=False),
+    Index("events_subject", "subject", "event_id"),
 )

@@ -49,6 +49,7 @@ class Op(enum.IntEnum):
     LEASE = 6
     SUMMARY = 7
     INVENTORY = 8
+    VERIFY = 9
 
 
 class Status(enum.IntEnum):

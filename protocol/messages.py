@@ -13,6 +13,7 @@ of the message's list; `lengths` says where each ends.
 | LEASE     | `LeaseRequest`              |                 | `LeaseReply`     |                |
 | SUMMARY   | `SummaryRequest`            |                 | `SummaryReply`   |                |
 | INVENTORY | `InventoryRequest`          |                 | `InventoryReply` |                |
+| VERIFY    | `VerifyRequest`             |                 | `VerifyReply`    |                |
 
 An answer of status ERROR carries `ErrorReply` whatever the op.
 """
@@ -138,6 +139,20 @@ class InventoryReply(Message, frozen=True, array_like=True, gc=False):
     keys: list[bytes]
     lengths: list[int]
     more: bool
+
+
+class VerifyRequest(Message, frozen=True, array_like=True, gc=False):
+    keys: list[bytes]
+    """Packed `FragmentKey`s."""
+
+
+class VerifyReply(Message, frozen=True, array_like=True, gc=False):
+    """What the node found on its disk, per key; zeroes for every item whose status is not OK."""
+
+    statuses: list[int]
+    lengths: list[int]
+    epochs: list[int]
+    stripe_tags: list[int]
 
 
 class ErrorReply(Message, frozen=True, array_like=True, gc=False):

@@ -123,6 +123,18 @@ class PutOutcome(NamedTuple):
     statuses: list[ItemStatus]
 
 
+class VerifiedRecord(NamedTuple):
+    """What a node found when it read one of its own records and checked all of it."""
+
+    status: ItemStatus
+    """OK: header and payload match their checksums, and it is the fragment of this key."""
+    length: int = 0
+    """Of the record, bytes."""
+    epoch: int = 0
+    """Of the volume when the record was written."""
+    stripe_tag: int = 0
+
+
 class NodePort(Protocol):
     """A storage node as its callers see it.  Every method may raise `NodeUnavailable`,
     `NodeRefuses`, `StaleIncarnation`, `NodeFull`, `HandshakeRefused`; a put or delete that was sent
@@ -162,6 +174,10 @@ class NodePort(Protocol):
         self, after: FragmentKey | None, limit: int, deadline_s: float
     ) -> InventoryReply:
         """A page of what the node holds."""
+        ...
+
+    async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
+        """Have the node read records from its disk and check them; no record travels."""
         ...
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from protocol.errors import HaversackError, NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
-from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
+from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 from storage_node.node import StorageNode
 
 
@@ -66,6 +66,15 @@ class LocalPort:
         """See `NodePort.inventory`."""
         async with self._within(deadline_s, NodeUnavailable):
             return await self._node.inventory(after, limit)
+
+    async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
+        """See `NodePort.verify`."""
+        async with self._within(deadline_s, NodeUnavailable):
+            found: list[VerifiedRecord] = []
+            while len(found) < len(keys):
+                answers = await self._node.verify(keys[len(found) :])
+                found += [item for item in answers if item.status is not ItemStatus.NOT_SENT]
+            return found
 
     async def close(self) -> None:
         """Refuse from now on.  Idempotent; the node goes on."""

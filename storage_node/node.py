@@ -12,11 +12,12 @@ Per volume it remembers the highest epoch it has seen and refuses records of old
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from erasure.fragment import parse
+from erasure.fragment import parse, parse_expected
 from protocol.clock import Clock
 from protocol.errors import (
     CorruptFragment,
@@ -30,7 +31,7 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.ids import NodeId, VolumeId
-from protocol.limits import FRAME_ITEMS_MAX
+from protocol.limits import FRAME_ITEMS_MAX, MIB
 from protocol.messages import (
     InventoryReply,
     ItemStatus,
@@ -39,11 +40,24 @@ from protocol.messages import (
 )
 from storage_node.group_commit import GroupCommit, Run
 from storage_node.identity import Identity
-from storage_node.interface import FragmentKey, FragmentStore, PutOutcome, StoredRecord
+from storage_node.interface import (
+    FragmentKey,
+    FragmentStore,
+    PutOutcome,
+    StoredRecord,
+    VerifiedRecord,
+)
 from storage_node.service_state import ServiceState, transition
 
 INVENTORY_PAGE_MAX: Final = 16_384
 """Keys on one page of an inventory."""
+
+VERIFY_BYTES_MAX: Final = 256 * MIB
+"""Read for one request at most: a second or so, well within a caller's patience."""
+
+_VERIFY_KEYS: Final = 256
+_VERIFY_BYTES: Final = 8 * MIB
+"""Read in one go: how long a thread may keep the disk, and what it may hold."""
 
 _EPOCHS_CACHED_MAX: Final = 65_536
 _INCARNATION = "incarnation"
@@ -342,6 +356,20 @@ class StorageNode:
         page, more = await self._use_slowly(store.inventory, after, min(limit, INVENTORY_PAGE_MAX))
         return InventoryReply([key.pack() for key, _ in page], [length for _, length in page], more)
 
+    async def verify(self, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
+        """Read records and check all of each, off the loop; after `VERIFY_BYTES_MAX` the rest of
+        the keys is NOT_SENT.  Raises `NodeRefuses` while no store is open."""
+        store = self._readable_store()
+        found: list[VerifiedRecord] = []
+        read_bytes = 0
+        while len(found) < len(keys) and read_bytes < VERIFY_BYTES_MAX:
+            part = keys[len(found) : len(found) + _VERIFY_KEYS]
+            answers: list[VerifiedRecord] = await self._use_slowly(_verify_part, store, part)
+            found += answers
+            read_bytes += sum(answer.length for answer in answers)
+        unread = len(keys) - len(found)
+        return found + [VerifiedRecord(ItemStatus.NOT_SENT)] * unread
+
     async def tidy(self, budget_bytes: int) -> int:
         """One step of the store's upkeep; returns the bytes rewritten, zero if none."""
         if self._state is not ServiceState.SERVING:
@@ -438,3 +466,20 @@ def _check(record: Buffer) -> tuple[FragmentKey, int] | None:
     except (CorruptFragment, FormatUnsupported):
         return None
     return FragmentKey(fragment.volume, fragment.block, fragment.slot), fragment.epoch
+
+
+def _verify_part(store: FragmentStore, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
+    """As many of `keys`, from the first, as one read gives."""
+    answers = store.get_many(keys, _VERIFY_BYTES)
+    read = itertools.takewhile(lambda answer: answer.status is not ItemStatus.NOT_SENT, answers)
+    return [_verified(key, answer) for key, answer in zip(keys, read, strict=False)]
+
+
+def _verified(key: FragmentKey, answer: StoredRecord) -> VerifiedRecord:
+    if answer.record is None:
+        return VerifiedRecord(answer.status)
+    try:
+        fragment = parse_expected(answer.record, *key)
+    except (CorruptFragment, FormatUnsupported):
+        return VerifiedRecord(ItemStatus.CORRUPT)
+    return VerifiedRecord(ItemStatus.OK, len(answer.record), fragment.epoch, fragment.stripe_tag)

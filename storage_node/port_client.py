@@ -49,10 +49,12 @@ from protocol.messages import (
     PutRequest,
     SummaryReply,
     SummaryRequest,
+    VerifyReply,
+    VerifyRequest,
     Welcome,
 )
 from storage_node import handshake
-from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
+from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 from storage_node.port_frames import FrameProtocol, decode
 
 _MUTATING: Final = frozenset({Op.PUT, Op.DELETE})
@@ -177,6 +179,29 @@ class SocketPort:
         """A page of what the node holds."""
         request = InventoryRequest(b"" if after is None else after.pack(), limit)
         return self._decode(InventoryReply, await self._call(Op.INVENTORY, request, (), deadline_s))
+
+    async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
+        """Have records checked where they are; asks again for those the node did not get to."""
+        until = asyncio.get_running_loop().time() + deadline_s
+        found: list[VerifiedRecord] = []
+        while len(found) < len(keys):
+            wanted = keys[len(found) :]
+            left_s = until - asyncio.get_running_loop().time()
+            request = VerifyRequest([key.pack() for key in wanted])
+            reply = self._decode(
+                VerifyReply, await self._call(Op.VERIFY, request, (), left_s), len(wanted)
+            )
+            columns = (reply.statuses, reply.lengths, reply.epochs, reply.stripe_tags)
+            if len(set(map(len, columns))) != 1:
+                raise self._garbled(Op.VERIFY, "columns of different lengths")
+            records = [
+                VerifiedRecord(_status(row[0]), *row[1:]) for row in zip(*columns, strict=True)
+            ]
+            read = [record for record in records if record.status is not ItemStatus.NOT_SENT]
+            if not read:
+                raise self._garbled(Op.VERIFY, "a verify that answers nothing")
+            found += read
+        return found
 
     async def close(self) -> None:
         """Close the connection.  Idempotent."""

@@ -44,10 +44,12 @@ from protocol.messages import (
     PutReply,
     PutRequest,
     SummaryRequest,
+    VerifyReply,
+    VerifyRequest,
     Welcome,
 )
 from storage_node import handshake
-from storage_node.interface import FragmentKey
+from storage_node.interface import FragmentKey, VerifiedRecord
 from storage_node.node import StorageNode
 from storage_node.port_frames import FrameProtocol, decode
 
@@ -352,6 +354,8 @@ class _Connection(FrameProtocol):
                 page = decode(InventoryRequest, meta)
                 after = _keys([page.after])[0] if page.after else None
                 return await node.inventory(after, page.limit), ()
+            case Op.VERIFY:
+                return _verify_reply(await node.verify(_keys(decode(VerifyRequest, meta).keys))), ()
             case Op.HELLO | Op.PROVE:
                 raise MalformedFrame(f"{header.op.name} after the handshake")
 
@@ -366,6 +370,15 @@ def split_body(body: memoryview, lengths: Sequence[int]) -> list[memoryview]:
         records.append(body[position : position + length])
         position += length
     return records
+
+
+def _verify_reply(found: Sequence[VerifiedRecord]) -> VerifyReply:
+    return VerifyReply(
+        [int(record.status) for record in found],
+        [record.length for record in found],
+        [record.epoch for record in found],
+        [record.stripe_tag for record in found],
+    )
 
 
 def _keys(packed: Sequence[bytes]) -> list[FragmentKey]:

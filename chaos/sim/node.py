@@ -24,7 +24,13 @@ from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryRep
 from storage_node import identity
 from storage_node.host import NodeHost, Register
 from storage_node.identity import Identity
-from storage_node.interface import FragmentKey, FragmentStore, PutOutcome, StoredRecord
+from storage_node.interface import (
+    FragmentKey,
+    FragmentStore,
+    PutOutcome,
+    StoredRecord,
+    VerifiedRecord,
+)
 from storage_node.node import StorageNode
 from storage_node.node_config import NodeConfig
 from storage_node.port_server import DataPort
@@ -149,3 +155,7 @@ class SimNode(NodeHost):
     async def inventory(self, after: FragmentKey | None, limit: int) -> InventoryReply:
         """See `StorageNode.inventory`."""
         return await self.node.inventory(after, limit)
+
+    async def verify(self, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
+        """See `StorageNode.verify`."""
+        return await self.node.verify(keys)

@@ -3,7 +3,7 @@
 The twin of `storage_node.port_client.SocketPort`; it raises the same errors in the same cases:
 
     refused, unreachable, no handshake in time            NodeUnavailable
-    read, lease, summary, inventory sent, no answer       NodeUnavailable
+    read, lease, summary, inventory, verify, no answer       NodeUnavailable
     put or delete sent, no answer                         UnknownOutcome
     answered with an error                                that error
 
@@ -21,7 +21,7 @@ from protocol.errors import NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
-from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
+from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 
 
 class SimPort:
@@ -83,6 +83,16 @@ class SimPort:
         """See `NodePort.inventory`."""
         reply: InventoryReply = await self._look("inventory", (after, limit), deadline_s)
         return reply
+
+    async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
+        """See `NodePort.verify`: asks again for what the node did not get to."""
+        found: list[VerifiedRecord] = []
+        while len(found) < len(keys):
+            answers: list[VerifiedRecord] = await self._look(
+                "verify", (list(keys[len(found) :]),), deadline_s
+            )
+            found += [item for item in answers if item.status is not ItemStatus.NOT_SENT]
+        return found
 
     async def close(self) -> None:
         """Close the connection: requests under way fail as if it were lost.  Idempotent."""

@@ -27,6 +27,7 @@ from node_parts import (
     until,
 )
 
+from erasure.fragment import parse
 from protocol.clock import SystemClock
 from protocol.errors import (
     HandshakeRefused,
@@ -41,7 +42,7 @@ from protocol.ids import NodeId
 from protocol.limits import FRAME_BODY_BYTES_MAX, FRAME_ITEMS_MAX, KIB, MIB
 from protocol.messages import Challenge, Hello, ItemStatus, PutRequest
 from storage_node import handshake, port_client, port_server
-from storage_node.interface import PutOutcome
+from storage_node.interface import PutOutcome, VerifiedRecord
 from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
 from storage_node.port_client import SocketPort
@@ -168,6 +169,32 @@ async def test_more_than_one_frame_can_carry_is_fetched_in_several(client: Socke
     assert sum(len(record) for _, record in records) > FRAME_BODY_BYTES_MAX
     assert [answer.record for answer in answers[:-1]] == [record for _, record in records]
     assert answers[-1].status is NOT_FOUND
+
+
+async def test_records_are_verified_where_they_are_however_many(client: SocketPort) -> None:
+    records = [fragment_record(number, 300 * KIB) for number in range(300)]
+    for start in range(0, 300, 50):
+        pieces = [[record] for _, record in records[start : start + 50]]
+        assert set((await client.put(1, pieces, DEADLINE_S)).statuses) == {OK}
+    keys = [key for key, _ in records]
+    found = await client.verify([fragment_key(999), *keys], DEADLINE_S)
+    assert found[0] == VerifiedRecord(NOT_FOUND)
+    for (_, record), verified in zip(records, found[1:], strict=True):
+        fragment = parse(record)
+        assert verified == (OK, len(record), fragment.epoch, fragment.stripe_tag)
+
+
+async def test_a_verify_that_takes_several_answers_is_asked_for_again(
+    client: SocketPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage_node.node.VERIFY_BYTES_MAX", 1)
+    monkeypatch.setattr("storage_node.node._VERIFY_KEYS", 2)
+    records = [fragment_record(number) for number in range(7)]
+    await client.put(1, [[record] for _, record in records], DEADLINE_S)
+    found = await client.verify([key for key, _ in records], DEADLINE_S)
+    assert [(item.status, item.length) for item in found] == [
+        (OK, len(record)) for _, record in records
+    ]
 
 
 async def test_every_operation_travels(client: SocketPort, port: DataPort) -> None:

@@ -11,7 +11,7 @@ from protocol.errors import HaversackError, NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId
 from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
-from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
+from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 from storage_node.local_port import LocalPort
 from storage_node.node import StorageNode
 
@@ -125,6 +125,10 @@ class FaultyPort:
     ) -> InventoryReply:
         await self._arrive("inventory", deadline_s, NodeUnavailable)
         return await self._inner.inventory(after, limit, deadline_s)
+
+    async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
+        await self._arrive("verify", deadline_s, NodeUnavailable)
+        return await self._inner.verify(keys, deadline_s)
 
     async def close(self) -> None:
         await self._inner.close()

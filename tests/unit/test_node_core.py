@@ -17,6 +17,7 @@ from node_parts import (
     until,
 )
 
+from erasure.fragment import parse
 from protocol.errors import (
     InvalidRequest,
     NodeFull,
@@ -265,6 +266,26 @@ async def test_an_unreadable_disk_never_says_that_a_record_is_absent(
     disk.unreadable = True
     answers = await node.get([fragment_key(1), fragment_key(2)])
     assert {answer.status for answer in answers} == {ItemStatus.IO_ERROR}
+
+
+async def test_a_verify_checks_what_lies_on_the_disk(node: StorageNode, disk: Disk) -> None:
+    keys = [fragment_key(number) for number in range(4)]
+    records = [fragment_record(number)[1] for number in range(4)]
+    await node.put(1, records)
+    disk.corrupt(keys[0])
+    disk.lose(keys[1])
+    disk.replace_undetected(keys[2], records[3])  # whole, and another's
+    found = await node.verify(keys)
+    assert [item.status for item in found] == [
+        ItemStatus.CORRUPT,
+        ItemStatus.NOT_FOUND,
+        ItemStatus.CORRUPT,
+        OK,
+    ]
+    whole = parse(records[3])
+    assert found[3] == (OK, len(records[3]), whole.epoch, whole.stripe_tag)
+    disk.unreadable = True
+    assert {item.status for item in await node.verify(keys)} == {ItemStatus.IO_ERROR}
 
 
 async def test_an_inventory_pages_through_everything(node: StorageNode) -> None:
