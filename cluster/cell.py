@@ -15,6 +15,7 @@ from typing import Final
 from sqlalchemy import Connection, insert, select
 
 from cluster import map_rows
+from cluster.events import EventKind, record_event
 from cluster.schema import cell, map_version
 from cluster.topology import NodeEvent, NodeState, NodeView, may_happen, transition
 from erasure.scheme import Scheme
@@ -186,6 +187,9 @@ def _add_nodes(connection: Connection, specs: Sequence[NodeSpec], now: float) ->
         stores.add(spec.store_id)
     version = map_rows.next_version(connection)
     map_rows.insert_nodes(connection, [_joining(spec, now) for spec in specs], version)
+    for spec in specs:
+        where = f"rack {spec.rack}, host {spec.host}, weight {spec.weight:g}"
+        record_event(connection, now, EventKind.NODE_ADDED, spec.node_id, where)
 
 
 def _joining(spec: NodeSpec, now: float) -> NodeView:

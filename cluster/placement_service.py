@@ -27,6 +27,7 @@ from sqlalchemy import Connection
 
 from cluster import map_rows
 from cluster.cell import open_cell
+from cluster.events import CELL, EventKind, record_event
 from cluster.leadership import check_role, take_role
 from cluster.node_watch import NodeWatch, Ports
 from cluster.placement import (
@@ -127,6 +128,7 @@ class PlacementService:
 
         def work(connection: Connection) -> tuple[int, list[NodeView]]:
             epoch = take_role(connection, ROLE, self._holder, now)
+            record_event(connection, now, EventKind.LEADER, CELL, f"{self._holder} leads {ROLE}")
             return epoch, map_rows.read_nodes(connection)
 
         self._epoch, nodes = await self._db.write(work)
@@ -155,8 +157,11 @@ class PlacementService:
             map_rows.begin_incarnation(connection, registration, version)
             view = map_rows.read_node(connection, registration.node_id)
             assert view is not None
+            said = f"incarnation {view.incarnation}, process {view.pid} at {view.endpoint}"
+            record_event(connection, now, EventKind.NODE_REGISTERED, view.node_id, said)
             return view
 
+        now = self._clock.wall()
         view = await self._lead(work)
         watch.adopt([view])
         log.info("node registered", node=str(view.node_id), incarnation=view.incarnation)
@@ -380,8 +385,23 @@ def _write_pass(
             now,
             version,
         )
+    _record(connection, now, moves, seals)
     moved = tuple((node_id, before, after) for node_id, before, after, _ in moves)
     return _Pass(current, moved, seals.seals, opens.openings)
+
+
+def _record(
+    connection: Connection,
+    now: float,
+    moves: Sequence[tuple[NodeId, NodeState, NodeState, str]],
+    seals: SealPlan,
+) -> None:
+    """For people who ask afterwards what happened to a node or a volume."""
+    for node_id, before, after, detail in moves:
+        said = f"{before} -> {after}" + (f": {detail}" if detail else "")
+        record_event(connection, now, EventKind.NODE_STATE, node_id, said)
+    for seal in seals.seals:
+        record_event(connection, now, EventKind.VOLUME_SEALED, seal.volume_id, str(seal.reason))
 
 
 def _tell(done: _Pass) -> None:

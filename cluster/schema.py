@@ -245,7 +245,7 @@ events = Table(
     Column("event_id", Integer, primary_key=True),
     Column("at", Float, nullable=False),
     Column("kind", String, nullable=False),
-    # `node-03`, `volume-12` or a block's hash: what `why` is asked about.
+    # `node-03`, `v12` or a block's hash: what `why` is asked about.
     Column("subject", String, nullable=False),
     Column("detail", String, nullable=False),
     Index("events_subject", "subject", "event_id"),

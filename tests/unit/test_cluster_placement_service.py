@@ -30,6 +30,7 @@ from chaos.sim.loop import SimLoop
 from cluster import map_rows, schema
 from cluster.block_index import BlockIndex, RecordOutcome
 from cluster.cell import add_nodes
+from cluster.events import read_events
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
 from cluster.topology import NodeState, NodeView, VolumeView
@@ -42,7 +43,7 @@ from protocol.errors import (
     StaleIncarnation,
     UnknownOutcome,
 )
-from protocol.ids import NodeId
+from protocol.ids import NodeId, VolumeId
 from protocol.limits import VOLUME_BYTES_TARGET
 from protocol.messages import LeaseReply, SummaryReply
 from sql.database import Database
@@ -331,6 +332,34 @@ def test_silence_makes_a_node_suspect_then_down_and_an_answer_brings_it_up(
         assert cell.rows.node(7).incarnation == 1, "it never restarted: its receipts are good"
         await cell.service.stop()
         await running
+
+    play(main)
+
+
+def test_what_happened_to_a_node_and_its_volumes_can_be_read_afterwards(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        volume = next(view for view in cell.open_volumes() if view.scheme == RS)
+        await BlockIndex(cell.db, cell.clock).record_puts([new_block("a", volume)])
+        cell.node(7).alive = False
+        await cell.until_down(7)
+
+        def told(subject: NodeId | VolumeId) -> list[str]:
+            found = cell.db.read_now(lambda c: read_events(c, subject))
+            return [f"{event.kind}: {event.detail}" for event in reversed(found)]
+
+        assert told(NodeId.numbered(7)) == [
+            "node added: rack rack, host host, weight 1",
+            "node registered: incarnation 1, process 1007 at h:1",
+            "node state: joining -> up",
+            "node state: up -> suspect: connection refused",
+            "node state: suspect -> down: connection refused",
+        ]
+        assert told(volume.volume_id) == ["volume sealed: node lost"]
 
     play(main)
 
