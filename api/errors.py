@@ -68,6 +68,9 @@ ANSWERS: Final[Mapping[str, Answer]] = MappingProxyType(
         "method_not_allowed": Answer(405),
         "block_not_found": Answer(404),
         "entry_not_found": Answer(404),
+        "node_not_found": Answer(404),
+        "job_not_found": Answer(404),
+        "wrong_state": Answer(409),
         "conflict": Answer(409),
         "missing_blocks": Answer(409),
         # A person must act.

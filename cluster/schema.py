@@ -236,7 +236,10 @@ jobs = Table(
     Column("total_units", BigInteger, nullable=False),
     Column("done_bytes", BigInteger, nullable=False),
     Column("total_bytes", BigInteger, nullable=False),
+    Column("bytes_per_s", Float, nullable=False),
     Column("detail", String, nullable=False),
+    # JSON: volumes that get no further, with the reasons.
+    Column("blockers", Text, nullable=False),
 )
 
 events = Table(

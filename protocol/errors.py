@@ -24,7 +24,8 @@
     │   ├── MalformedHash, MalformedId, InvalidPath, InvalidRequest
     │   ├── HashMismatch, BlockTooLarge, QuotaExceeded
     │   ├── Unauthenticated, Forbidden
-    │   ├── BlockNotFound, EntryNotFound
+    │   ├── BlockNotFound, EntryNotFound, NodeNotFound, JobNotFound
+    │   ├── WrongState            what is asked for does not fit what the thing is doing now
     │   ├── RevConflict, MissingBlocks
     │   ├── MalformedHttp, HeaderTooLarge, LengthRequired, BodyTooLarge, RangeNotSatisfiable
     │   ├── RouteNotFound, MethodNotAllowed
@@ -278,6 +279,24 @@ class EntryNotFound(BadRequest):
     """No file or folder at a path."""
 
     kind = "entry_not_found"
+
+
+class NodeNotFound(BadRequest):
+    """The cell has no node of this name."""
+
+    kind = "node_not_found"
+
+
+class JobNotFound(BadRequest):
+    """No job of this number."""
+
+    kind = "job_not_found"
+
+
+class WrongState(BadRequest):
+    """What is asked for does not fit the present state of a node or a job; `details` say it."""
+
+    kind = "wrong_state"
 
 
 class RevConflict(BadRequest):

@@ -87,7 +87,9 @@ def _create_operations() -> None:
         sa.Column("total_units", sa.BigInteger, nullable=False),
         sa.Column("done_bytes", sa.BigInteger, nullable=False),
         sa.Column("total_bytes", sa.BigInteger, nullable=False),
+        sa.Column("bytes_per_s", sa.Float, nullable=False),
         sa.Column("detail", sa.String, nullable=False),
+        sa.Column("blockers", sa.Text, nullable=False),
     )
     op.create_table(
         "events",

@@ -1,0 +1,1 @@
+"""Changes that somebody asked for: drain, decommission, replace, rebalance, transcode."""
