@@ -186,7 +186,7 @@ def plan_slots(
     width = min(scheme.n, len(takers))
     if width == 0:
         return []
-    tree = _Tree(takers)
+    tree = _Tree(takers, [node.placement_weight for node in takers])
     units = tree.share_out(width, spread_cap=tree.spread_cap(width, max(scheme.m, 1)))
     total = width * _UNIT
     padding: Slots = (None,) * (scheme.n - width)
@@ -220,11 +220,31 @@ def _stride(places: int) -> int:
     return stride
 
 
+def spread_cap(nodes: Sequence[NodeView], scheme: Scheme) -> int:
+    """The most slots of one volume that a host or a rack may hold, if the volume is to lie on
+    `nodes`: m, or as few more as their topology allows."""
+    width = min(scheme.n, len(nodes))
+    return _Tree(nodes, [1.0] * len(nodes)).spread_cap(width, max(scheme.m, 1))
+
+
+def fair_shares(
+    nodes: Sequence[NodeView], scheme: Scheme, weights: Sequence[float]
+) -> dict[NodeId, float]:
+    """Slots per volume that each node should have: in proportion to its weight (positive), at
+    most one a node and `spread_cap` a host and a rack."""
+    if not nodes:
+        return {}
+    width = min(scheme.n, len(nodes))
+    tree = _Tree(nodes, weights)
+    units = tree.share_out(width, spread_cap=tree.spread_cap(width, max(scheme.m, 1)))
+    return {node.node_id: share / _UNIT for node, share in zip(nodes, units, strict=True)}
+
+
 class _Tree:
     """Racks, hosts in them, nodes on those; nodes are indices into the given sequence."""
 
-    def __init__(self, nodes: Sequence[NodeView]) -> None:
-        self._weights = [node.placement_weight for node in nodes]
+    def __init__(self, nodes: Sequence[NodeView], weights: Sequence[float]) -> None:
+        self._weights = weights
         racks: dict[str, dict[str, list[int]]] = {}
         for index, node in enumerate(nodes):
             racks.setdefault(node.rack, {}).setdefault(node.host, []).append(index)
