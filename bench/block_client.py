@@ -35,7 +35,7 @@ from protocol.errors import NodeUnavailable
 from protocol.hashing import Buffer, hash_block
 from protocol.ids import BlockHash, NodeId
 from protocol.limits import KIB, MIB
-from protocol.messages import ItemStatus
+from protocol.messages import ItemStatus, PutPurpose
 from sql.database import Database
 from storage_node.identity import Identity
 from storage_node.interface import (
@@ -72,7 +72,12 @@ class _FreePort(LocalPort):
         self._memory = memory
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         if self._memory.keeps:
             for record in records:

@@ -50,6 +50,8 @@ class Op(enum.IntEnum):
     SUMMARY = 7
     INVENTORY = 8
     VERIFY = 9
+    SCRUB = 10
+    FINDINGS = 11
 
 
 class Status(enum.IntEnum):

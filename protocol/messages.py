@@ -14,6 +14,8 @@ of the message's list; `lengths` says where each ends.
 | SUMMARY   | `SummaryRequest`            |                 | `SummaryReply`   |                |
 | INVENTORY | `InventoryRequest`          |                 | `InventoryReply` |                |
 | VERIFY    | `VerifyRequest`             |                 | `VerifyReply`    |                |
+| SCRUB     | `ScrubRequest`              |                 | `ScrubProgress`  |                |
+| FINDINGS  | `FindingsRequest`           |                 | `FindingsReply`  |                |
 
 An answer of status ERROR carries `ErrorReply` whatever the op.
 """
@@ -48,6 +50,24 @@ class ItemStatus(enum.IntEnum):
     """The answer would have grown over its limit: ask again for this one."""
 
 
+class PutPurpose(enum.IntEnum):
+    """On whose behalf fragments are stored: repair may fill a disk further than clients may.
+    Append-only."""
+
+    CLIENT = 0
+    REPAIR = 1
+
+
+class ScrubAction(enum.IntEnum):
+    """What is asked of a node's scrubber.  Append-only."""
+
+    START = 0
+    """Begin a pass now, at the given rate; one that was begun so goes on at the new rate."""
+    PAUSE = 1
+    """Read nothing until RESUME, over restarts too."""
+    RESUME = 2
+
+
 class Hello(Message, frozen=True, array_like=True, gc=False):
     cluster_id: str
     node_id: str
@@ -73,6 +93,8 @@ class Welcome(Message, frozen=True, array_like=True, gc=False):
 class PutRequest(Message, frozen=True, array_like=True, gc=False):
     incarnation: int
     lengths: list[int]
+    purpose: int = PutPurpose.CLIENT
+    """A `PutPurpose`."""
 
 
 class PutReply(Message, frozen=True, array_like=True, gc=False):
@@ -110,10 +132,53 @@ class LeaseReply(Message, frozen=True, array_like=True, gc=False):
     incarnation: int
     state: str
     detail: str
+    fault: str = ""
+    """A `storage_node.service_state.Fault`: what is wrong with the disk, as far as it is known."""
 
 
 class SummaryRequest(Message, frozen=True, array_like=True, gc=False):
     pass
+
+
+class ScrubProgress(Message, frozen=True, array_like=True, gc=False):
+    """How far a node has read its own fragments.  Times are seconds since 1970, 0 for never."""
+
+    pass_number: int = 0
+    started: float = 0.0
+    """Of the pass under way, or of the last one."""
+    running: bool = False
+    """A pass is under way (also while it waits for its turn, or is paused)."""
+    paused: bool = False
+    asked_for: bool = False
+    """Begun by START, and not by the calendar."""
+    bytes_per_s: int = 0
+    """Rate asked for by START; zero is as fast as the disk goes, or the calendar's pace."""
+    fragments_done: int = 0
+    bytes_done: int = 0
+    fragments_total: int = 0
+    bytes_total: int = 0
+    """Held when the pass began."""
+    findings: int = 0
+    """Fragments set aside now, whenever they were found."""
+    findings_of_pass: int = 0
+    ended: float = 0.0
+    """When the last full pass ended."""
+    index_damaged: bool = False
+    """A part of the node's index cannot be read: which fragments it held, the node cannot say."""
+
+
+class SpaceReport(Message, frozen=True, array_like=True, gc=False):
+    """What a node may still take, bytes, by who asks; see `storage_node.space`."""
+
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    """Of the capacity, deleted fragments that still take space included."""
+    placement_free_bytes: int = 0
+    """Until no new volume should be placed here; zero above that."""
+    client_free_bytes: int = 0
+    """Until puts of clients are refused."""
+    repair_free_bytes: int = 0
+    """Until puts of repair are refused too."""
 
 
 class SummaryReply(Message, frozen=True, array_like=True, gc=False):
@@ -125,8 +190,13 @@ class SummaryReply(Message, frozen=True, array_like=True, gc=False):
     """Sum of record lengths that the index refers to."""
     disk_used_bytes: int
     disk_free_bytes: int
+    """What puts of clients may still take."""
     pid: int
     counters: dict[str, Any]
+    fault: str = ""
+    """As in `LeaseReply`."""
+    space: SpaceReport = SpaceReport()
+    scrub: ScrubProgress = ScrubProgress()
 
 
 class InventoryRequest(Message, frozen=True, array_like=True, gc=False):
@@ -153,6 +223,30 @@ class VerifyReply(Message, frozen=True, array_like=True, gc=False):
     lengths: list[int]
     epochs: list[int]
     stripe_tags: list[int]
+
+
+class ScrubRequest(Message, frozen=True, array_like=True, gc=False):
+    action: int
+    """A `ScrubAction`."""
+    bytes_per_s: int = 0
+    """For START; zero is as fast as the disk goes."""
+
+
+class FindingsRequest(Message, frozen=True, array_like=True, gc=False):
+    after: bytes
+    """Packed key to continue after; empty to start."""
+    limit: int
+
+
+class FindingsReply(Message, frozen=True, array_like=True, gc=False):
+    """Fragments that a node has set aside, in key order."""
+
+    keys: list[bytes]
+    statuses: list[int]
+    """`ItemStatus`: CORRUPT, NOT_FOUND (an index entry whose record is gone) or IO_ERROR."""
+    found_at: list[float]
+    """Seconds since 1970."""
+    more: bool
 
 
 class ErrorReply(Message, frozen=True, array_like=True, gc=False):

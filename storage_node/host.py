@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from typing import Any, Final
 from protocol.allocator import release_free_memory
 from protocol.clock import Clock
 from protocol.errors import (
+    DirectoryCorrupt,
     DirectoryForeign,
     DirectoryInUse,
     HaversackError,
@@ -40,7 +41,7 @@ from storage_node.node_config import NodeConfig
 from storage_node.port_server import DataPort, serve
 from storage_node.rocks_options import EXTENT_FILE_BYTES, StoreOptions
 from storage_node.rocks_store import RocksStore, open_store
-from storage_node.service_state import ServiceState
+from storage_node.service_state import Fault, ServiceState
 
 OPEN_RETRY_S: Final = 0.5
 OPEN_RETRY_S_MAX: Final = 15.0
@@ -114,11 +115,20 @@ class NodeHost:
                 self.node, self.config.bind_host, 0, secret, entropy=self._entropy
             )
             _log.info("%s listens on %s", self.config.node_id, self.port.endpoint)
-            for work in (self._keep_open(), self._keep_registered(), self._keep_tidy()):
+            for work in self._duties():
                 self._tasks.append(asyncio.create_task(work))
             await self._stopping.wait()
         finally:
             await self._end()
+
+    def _duties(self) -> list[Coroutine[Any, Any, None]]:
+        """What a host does side by side, for as long as it runs."""
+        return [
+            self._keep_open(),
+            self._keep_registered(),
+            self._keep_tidy(),
+            self._keep_scrubbed(),
+        ]
 
     async def stop(self) -> None:
         """Serve no more; returns when the store is closed.  Idempotent."""
@@ -186,7 +196,8 @@ class NodeHost:
             return False
         except OperatorNeeded as error:
             self._say(error.message)
-            self.node.refuse(error.message)
+            corrupt = isinstance(error, DirectoryCorrupt)
+            self.node.refuse(error.message, Fault.DISK if corrupt else Fault.DIRECTORY)
             return False
         self.node.identity = owner
         self.node.attach(store)
@@ -264,6 +275,10 @@ class NodeHost:
                 if await self.node.tidy(EXTENT_FILE_BYTES) == 0:
                     tidied_at = groups
                 await self._clock.sleep(0)
+
+    async def _keep_scrubbed(self) -> None:
+        while True:
+            await self._clock.sleep(await self.node.scrubber.step())
 
     def _may_tidy(self, groups_since: int) -> bool:
         idle = self._clock.monotonic() - self.node.last_use > IDLE_S

@@ -14,9 +14,18 @@ from typing import NamedTuple, Protocol
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId, VolumeId
 from protocol.limits import FRAME_BODY_BYTES_MAX
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+from protocol.messages import (
+    FindingsReply,
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SummaryReply,
+)
 
-_KEY_BYTES = 8 + 32 + 1
+KEY_BYTES = 8 + 32 + 1
 
 
 class FragmentKey(NamedTuple):
@@ -33,7 +42,7 @@ class FragmentKey(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> FragmentKey:
         """Inverse of `pack`."""
-        assert len(data) == _KEY_BYTES
+        assert len(data) == KEY_BYTES
         return cls(
             VolumeId(int.from_bytes(data[:8], "big")),
             BlockHash(data[8:40]),
@@ -46,6 +55,27 @@ class StoredRecord(NamedTuple):
 
     status: ItemStatus
     record: Buffer | None
+
+
+class Finding(NamedTuple):
+    """A fragment that a store has set aside (`storage_node.findings`)."""
+
+    key: FragmentKey
+    status: ItemStatus
+    """CORRUPT; NOT_FOUND: an index entry whose record is gone; IO_ERROR."""
+    found_at: float
+    """Seconds since 1970."""
+
+
+class NewestPage(NamedTuple):
+    """A page of a store's index, newest volumes first."""
+
+    entries: list[tuple[FragmentKey, int]]
+    """Keys and record lengths; zero where the entry itself is damaged."""
+    before: bytes | None
+    """Where to go on: 41 bytes, not always a key; None at the end."""
+    damaged: bool
+    """A part of the index could not be read and was passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +97,14 @@ class FragmentStore(Protocol):
     failed sync the store accepts no further write until it is opened again.
     """
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
         """Store all records; durable when this returns.  A record under a known key is the same
-        record again (names are content hashes) and replaces it."""
+        record again (names are content hashes) and replaces it; a finding ends with it once the
+        new record was read back.  Raises `NodeFull` above the threshold of `purpose`."""
         ...
 
     def get_many(
@@ -77,7 +112,7 @@ class FragmentStore(Protocol):
     ) -> list[StoredRecord]:
         """One answer per key, in order.  A bad record answers CORRUPT for its own key only.
         Records beyond `bytes_max` in all are not read and answer NOT_SENT; the first found is
-        always read."""
+        always read.  A record found to be CORRUPT before answers so without being read."""
         ...
 
     def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
@@ -88,6 +123,25 @@ class FragmentStore(Protocol):
         self, after: FragmentKey | None, limit: int
     ) -> tuple[list[tuple[FragmentKey, int]], bool]:
         """Keys and record lengths in key order after `after`; True if there are more."""
+        ...
+
+    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+        """Up to `limit` keys before `before` in reverse key order: newest volumes first.  What
+        cannot be read of the index is passed over, and said."""
+        ...
+
+    def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """Read records, also those set aside.  One that is gone though the index names it answers
+        NOT_FOUND here, as one that is in no index does; `set_aside` tells them apart."""
+        ...
+
+    def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
+        """A write: look at these once more and note those still bad, durably; returns how many
+        were noted now.  Ends findings whose record is good again (`storage_node.findings`)."""
+        ...
+
+    def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
+        """Open findings in key order after `after`; True if there are more."""
         ...
 
     def get_state(self, name: str) -> bytes | None:
@@ -145,10 +199,16 @@ class NodePort(Protocol):
     def node_id(self) -> NodeId: ...
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         """Store fragment records.  Each record is given in pieces (header, payload) so that the
-        caller need not join them; OK means durable on that node."""
+        caller need not join them; OK means durable on that node.  Repair may fill a node further
+        than clients may."""
         ...
 
     async def get(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[StoredRecord]:
@@ -178,6 +238,19 @@ class NodePort(Protocol):
 
     async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
         """Have the node read records from its disk and check them; no record travels."""
+        ...
+
+    async def scrub(
+        self, action: ScrubAction, bytes_per_s: int, deadline_s: float
+    ) -> ScrubProgress:
+        """Start, pause or resume the node's reading of its own fragments; where it stands now.
+        `bytes_per_s` is for START; zero is as fast as the disk goes."""
+        ...
+
+    async def findings(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> FindingsReply:
+        """A page of the fragments that the node has set aside as bad."""
         ...
 
     async def close(self) -> None:

@@ -14,7 +14,16 @@ from contextlib import asynccontextmanager
 from protocol.errors import HaversackError, NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+from protocol.messages import (
+    FindingsReply,
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SummaryReply,
+)
 from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 from storage_node.node import StorageNode
 
@@ -32,11 +41,17 @@ class LocalPort:
         return self._node.node_id
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         """See `NodePort.put`."""
         async with self._within(deadline_s, UnknownOutcome):
-            return await self._node.put(incarnation, [b"".join(pieces) for pieces in records])
+            joined = [b"".join(pieces) for pieces in records]
+            return await self._node.put(incarnation, joined, purpose=purpose)
 
     async def get(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[StoredRecord]:
         """See `NodePort.get`."""
@@ -75,6 +90,20 @@ class LocalPort:
                 answers = await self._node.verify(keys[len(found) :])
                 found += [item for item in answers if item.status is not ItemStatus.NOT_SENT]
             return found
+
+    async def scrub(
+        self, action: ScrubAction, bytes_per_s: int, deadline_s: float
+    ) -> ScrubProgress:
+        """See `NodePort.scrub`."""
+        async with self._within(deadline_s, NodeUnavailable):
+            return await self._node.scrub(action, bytes_per_s)
+
+    async def findings(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> FindingsReply:
+        """See `NodePort.findings`."""
+        async with self._within(deadline_s, NodeUnavailable):
+            return await self._node.findings(after, limit)
 
     async def close(self) -> None:
         """Refuse from now on.  Idempotent; the node goes on."""

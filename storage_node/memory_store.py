@@ -7,7 +7,7 @@ opens another on the same `Disk`.  Faults are asked for on the disk and fire in 
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,10 +15,20 @@ from typing import Final
 from protocol.errors import DirectoryCorrupt, DirectoryInUse, NodeFull, NodeRefuses
 from protocol.hashing import Buffer, checksum64
 from protocol.limits import FRAME_BODY_BYTES_MAX, GIB
-from protocol.messages import ItemStatus
-from storage_node.interface import FragmentKey, StoredRecord, StoreStats
+from protocol.messages import ItemStatus, PutPurpose
+from storage_node import findings as book
+from storage_node.examine import examined
+from storage_node.interface import (
+    Finding,
+    FragmentKey,
+    NewestPage,
+    StoredRecord,
+    StoreStats,
+)
 
 _ABSENT: Final = StoredRecord(ItemStatus.NOT_FOUND, None)
+_CORRUPT: Final = StoredRecord(ItemStatus.CORRUPT, None)
+_FAILED: Final = StoredRecord(ItemStatus.IO_ERROR, None)
 
 
 @dataclass(slots=True)
@@ -38,6 +48,9 @@ class Disk:
     keys: list[bytes] = field(default_factory=list)
     """Of `entries`, sorted."""
     used_bytes: int = 0
+    findings: dict[bytes, Finding] = field(default_factory=dict)
+    gone: set[bytes] = field(default_factory=set)
+    """Keys that are listed, and whose record is gone: an index entry that points nowhere."""
     holder: MemoryStore | None = None
     """The store that has the disk open: the LOCK of the real one."""
     full: bool = False
@@ -73,6 +86,13 @@ class Disk:
         """Forget a stored record, as if it had never been put.  False if there is none."""
         return self._remove(key.pack())
 
+    def lose_record(self, key: FragmentKey) -> bool:
+        """Keep the key and forget its record.  False if there is none."""
+        packed = key.pack()
+        if packed in self.entries:
+            self.gone.add(packed)
+        return packed in self.entries
+
     def fail_call(self, number: int) -> None:
         """The `number`-th call from now on that reaches the disk fails with an I/O error."""
         self.failing[self.calls + number] = "I/O error"
@@ -100,6 +120,7 @@ class Disk:
 
     def _remove(self, key: bytes) -> bool:
         entry = self.entries.pop(key, None)
+        self.gone.discard(key)
         if entry is None:
             return False
         del self.keys[bisect_right(self.keys, key) - 1]
@@ -125,7 +146,11 @@ class MemoryStore:
         self._failure: str | None = None
         self.dead = False
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
         """Store all; durable on return."""
         disk = self._writable()
         latest = {key.pack(): bytes(record) for key, record in records}
@@ -141,6 +166,11 @@ class MemoryStore:
         self._write()
         for key, record in latest.items():
             disk._set(key, record)
+            if key in disk.findings and self._is_good(FragmentKey.unpack(key)):
+                del disk.findings[key]
+
+    def _is_good(self, key: FragmentKey) -> bool:
+        return examined(key, self._look(key)).status is ItemStatus.OK
 
     def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
         """Remove; durable on return."""
@@ -150,6 +180,7 @@ class MemoryStore:
         known = {key: None for key in packed if key in disk.entries}
         for key in known:
             disk._remove(key)
+            disk.findings.pop(key, None)
         return [ItemStatus.OK if key in known else ItemStatus.NOT_FOUND for key in packed]
 
     def put_state(self, values: dict[str, bytes]) -> None:
@@ -167,22 +198,61 @@ class MemoryStore:
         answers = []
         budget = bytes_max
         for key in keys:
-            entry = disk.entries.get(key.pack())
+            packed = key.pack()
+            entry = disk.entries.get(packed)
             if failed:
-                answers.append(StoredRecord(ItemStatus.IO_ERROR, None))
+                answers.append(_FAILED)
             elif entry is None:
                 answers.append(_ABSENT)
             elif len(entry.record) > budget and budget < bytes_max:
                 answers.append(StoredRecord(ItemStatus.NOT_SENT, None))
             else:
                 budget -= len(entry.record)
-                good = checksum64(entry.record) == entry.checksum
-                answers.append(
-                    StoredRecord(ItemStatus.OK, entry.record)
-                    if good
-                    else StoredRecord(ItemStatus.CORRUPT, None)
-                )
+                finding = disk.findings.get(packed)
+                aside = finding is not None and finding.status is ItemStatus.CORRUPT
+                answers.append(_CORRUPT if aside or packed in disk.gone else self._look(key))
         return answers
+
+    def _look(self, key: FragmentKey) -> StoredRecord:
+        """What lies under one key."""
+        packed = key.pack()
+        entry = self._disk.entries.get(packed)
+        if entry is None or packed in self._disk.gone:
+            return _ABSENT
+        good = checksum64(entry.record) == entry.checksum
+        return StoredRecord(ItemStatus.OK, entry.record) if good else _CORRUPT
+
+    def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """Read records, also those set aside."""
+        disk = self._readable()
+        if disk._touch() is not None or disk.unreadable:
+            return [_FAILED] * len(keys)
+        return [self._look(key) for key in keys]
+
+    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+        """A page of what is stored, in reverse key order."""
+        disk = self._readable()
+        if disk._touch() is not None or disk.unreadable:
+            raise DirectoryCorrupt("the disk cannot be read (I/O error)")
+        end = len(disk.keys) if before is None else bisect_left(disk.keys, before)
+        page = disk.keys[max(0, end - limit) : end][::-1]
+        entries = [(FragmentKey.unpack(key), len(disk.entries[key].record)) for key in page]
+        return NewestPage(entries, page[-1] if end > limit else None, damaged=False)
+
+    def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
+        """Note what is still bad, durably."""
+        disk = self._writable()
+        self._write()
+        held = [key for key in keys if key.pack() in disk.entries]
+        change = book.look_again(disk.findings, held, self.examine, at)
+        disk.findings.update(change.noted)
+        for key in change.ended:
+            del disk.findings[key]
+        return len(change.noted)
+
+    def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
+        """Open findings in key order."""
+        return book.page_of(self._readable().findings, after, limit)
 
     def inventory(
         self, after: FragmentKey | None, limit: int
@@ -203,7 +273,8 @@ class MemoryStore:
     def stats(self) -> StoreStats:
         """Current counts."""
         disk = self._readable()
-        return StoreStats(len(disk.entries), disk.used_bytes, disk.used_bytes, {})
+        counters = {"findings": len(disk.findings)}
+        return StoreStats(len(disk.entries), disk.used_bytes, disk.used_bytes, counters)
 
     def free_bytes(self) -> int:
         """Free bytes above the reserve."""

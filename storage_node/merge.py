@@ -158,6 +158,8 @@ class Merger:
     database: Rdict
     families: dict[Family, Rdict]
     index: Rdict
+    set_aside: Mapping[bytes, object]
+    """Fragment keys with an open finding: no record of theirs is dropped, old or new."""
     counters: dict[str, int] = field(
         default_factory=lambda: {"merges": 0, "merged_bytes": 0, "merges_failed": 0, "files": 0}
     )
@@ -209,7 +211,8 @@ class Merger:
             ]
             entries = fetch(self.index, [fragment for _, fragment in part])
             for (key, _), entry in zip(part, entries, strict=True):
-                if entry is not None and unpack_place(entry).sequence == sequence_of(key):
+                named = entry is not None and unpack_place(entry).sequence == sequence_of(key)
+                if named or fragment_of(key) in self.set_aside:
                     live.add(key)
         return live
 

@@ -12,12 +12,11 @@ Per volume it remembers the highest epoch it has seen and refuses records of old
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from erasure.fragment import parse, parse_expected
+from erasure.fragment import parse
 from protocol.clock import Clock
 from protocol.errors import (
     CorruptFragment,
@@ -33,21 +32,29 @@ from protocol.hashing import Buffer
 from protocol.ids import NodeId, VolumeId
 from protocol.limits import FRAME_ITEMS_MAX, MIB
 from protocol.messages import (
+    FindingsReply,
     InventoryReply,
     ItemStatus,
     LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SpaceReport,
     SummaryReply,
 )
+from storage_node.examine import examine_some
 from storage_node.group_commit import GroupCommit, Run
 from storage_node.identity import Identity
 from storage_node.interface import (
+    Finding,
     FragmentKey,
     FragmentStore,
     PutOutcome,
     StoredRecord,
     VerifiedRecord,
 )
-from storage_node.service_state import ServiceState, transition
+from storage_node.scrub import Scrubber, ScrubSettings
+from storage_node.service_state import Fault, ServiceState, transition
 
 INVENTORY_PAGE_MAX: Final = 16_384
 """Keys on one page of an inventory."""
@@ -84,6 +91,7 @@ class StorageNode:
         *,
         run_slow: Run | None = None,
         pid: int | None = None,
+        scrub: ScrubSettings | None = None,
     ) -> None:
         """`run` carries out what takes a millisecond or so (the real node: on the loop, since
         rocksdict holds the GIL anyway), `run_slow` the rest (off the loop); the same by default.
@@ -96,6 +104,7 @@ class StorageNode:
         self._pid = os.getpid() if pid is None else pid
         self._state = ServiceState.OPENING
         self._detail = ""
+        self._fault = Fault.NONE
         self._incarnation = 0
         self._lease_until = float("-inf")
         self._epochs: dict[VolumeId, int] = {}
@@ -109,6 +118,7 @@ class StorageNode:
         )
         self.last_use = float("-inf")
         """When a put, get or delete last came, by the monotonic clock."""
+        self.scrubber = Scrubber(self, clock, scrub or ScrubSettings())
         if store is not None:
             self.attach(store)
 
@@ -126,6 +136,13 @@ class StorageNode:
     def detail(self) -> str:
         """Why the node does not serve; empty while it does."""
         return self._detail
+
+    @property
+    def fault(self) -> Fault:
+        """What is wrong with the disk, as far as it is known."""
+        if self._fault is Fault.NONE and self.scrubber.disk_is_bad:
+            return Fault.DISK
+        return self._fault
 
     @property
     def incarnation(self) -> int:
@@ -151,14 +168,17 @@ class StorageNode:
         self._lease_until = float("-inf")
         self._epochs.clear()
         self._unwritten_epochs.clear()
+        self.scrubber.attach(store)
         self._store = store
+        self._fault = Fault.NONE
         if self._state is ServiceState.REFUSING:
             self._enter(ServiceState.OPENING, "")
         self._enter(ServiceState.SERVING, "")
 
-    def refuse(self, detail: str) -> None:
+    def refuse(self, detail: str, fault: Fault) -> None:
         """Do not serve, and say why: the directory is not ours, or cannot be opened."""
         self._enter(ServiceState.REFUSING, detail)
+        self._fault = fault
 
     def wait_to_open(self, detail: str) -> None:
         """Not serving yet, and why: the directory is in use, or the disk is full."""
@@ -210,7 +230,13 @@ class StorageNode:
 
     # -- writes ----------------------------------------------------------------------------
 
-    async def put(self, incarnation: int, records: Sequence[Buffer]) -> PutOutcome:
+    async def put(
+        self,
+        incarnation: int,
+        records: Sequence[Buffer],
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> PutOutcome:
         """Store fragment records; OK means durable.
 
         Raises `NodeRefuses` without a live lease or a store, `StaleIncarnation`, `NodeFull`,
@@ -237,7 +263,9 @@ class StorageNode:
         if good:
             size = sum(len(record) for _, record in good)
             group = _Group(good, dict(self._unwritten_epochs), size)
-            await self._write(self._store_group, group, size)
+            repair = purpose is PutPurpose.REPAIR
+            store_group = self._store_repair_group if repair else self._store_client_group
+            await self._write(store_group, group, size)
             self._wrote_epochs(group.epochs)
             self._counters["puts"] += len(good)
             self._counters["put_bytes"] += size
@@ -254,6 +282,9 @@ class StorageNode:
 
     async def _write(self, work: Any, payload: Any, size: int) -> Any:
         self.last_use = self._clock.monotonic()
+        return await self._submit(work, payload, size)
+
+    async def _submit(self, work: Any, payload: Any, size: int) -> Any:
         try:
             return await self._commits.submit(work, payload, size)
         except NodeFull:
@@ -273,7 +304,13 @@ class StorageNode:
         if self._state is ServiceState.SERVING:
             self._enter(ServiceState.FAILED, str(error))
 
-    def _store_group(self, groups: list[_Group]) -> None:
+    def _store_client_group(self, groups: list[_Group]) -> None:
+        self._store_group(groups, PutPurpose.CLIENT)
+
+    def _store_repair_group(self, groups: list[_Group]) -> None:
+        self._store_group(groups, PutPurpose.REPAIR)
+
+    def _store_group(self, groups: list[_Group], purpose: PutPurpose) -> None:
         """Runs off the loop, one at a time: newer epochs first, so that no record of a new epoch
         is durable on a node that would still take the old one."""
         store = self._held_store()
@@ -284,7 +321,7 @@ class StorageNode:
             store.put_state(
                 {_epoch_name(volume): epoch.to_bytes(8, "big") for volume, epoch in epochs.items()}
             )
-        store.put_group([record for group in groups for record in group.records])
+        store.put_group([record for group in groups for record in group.records], purpose)
 
     def _delete_group(self, groups: list[list[FragmentKey]]) -> dict[FragmentKey, ItemStatus]:
         keys = list(dict.fromkeys(key for group in groups for key in group))
@@ -364,11 +401,58 @@ class StorageNode:
         read_bytes = 0
         while len(found) < len(keys) and read_bytes < VERIFY_BYTES_MAX:
             part = keys[len(found) : len(found) + _VERIFY_KEYS]
-            answers: list[VerifiedRecord] = await self._use_slowly(_verify_part, store, part)
+            answers: list[VerifiedRecord] = await self._use_slowly(
+                examine_some, store, part, _VERIFY_BYTES
+            )
             found += answers
             read_bytes += sum(answer.length for answer in answers)
         unread = len(keys) - len(found)
         return found + [VerifiedRecord(ItemStatus.NOT_SENT)] * unread
+
+    async def findings(self, after: FragmentKey | None, limit: int) -> FindingsReply:
+        """A page of the fragments that are set aside.  Raises `NodeRefuses` without a store."""
+        if not 0 < limit <= FRAME_ITEMS_MAX:
+            raise InvalidRequest(f"a page of {limit} findings: ask for 1 to {FRAME_ITEMS_MAX}")
+        page: tuple[list[Finding], bool] = await self._use(
+            self._readable_store().findings, after, limit
+        )
+        found, more = page
+        return FindingsReply(
+            [finding.key.pack() for finding in found],
+            [int(finding.status) for finding in found],
+            [finding.found_at for finding in found],
+            more,
+        )
+
+    # -- its own work ----------------------------------------------------------------------
+
+    async def scrub(self, action: ScrubAction, bytes_per_s: int) -> ScrubProgress:
+        """Start, pause or resume the scrub, durably.  Raises `NodeRefuses` unless it serves."""
+        if bytes_per_s < 0:
+            raise InvalidRequest(f"a rate of {bytes_per_s} bytes per second")
+        if self._state is not ServiceState.SERVING:
+            raise self._refusal("orders")
+        await self.scrubber.order(action, bytes_per_s)
+        return self._scrub_progress()
+
+    def _scrub_progress(self) -> ScrubProgress:
+        counters = {} if self._store is None else self._store.stats().counters
+        return self.scrubber.progress(counters.get("findings", 0))
+
+    @property
+    def takes_own_writes(self) -> bool:
+        """Whether the node may write for itself: no lease is needed for that."""
+        return self._state is ServiceState.SERVING
+
+    async def read_own(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `work(store, *arguments)` off the loop."""
+        return await self._use_slowly(work, self._readable_store(), *arguments)
+
+    async def write_own(self, work: Callable[[list[Any]], Any], payload: Any) -> Any:
+        """Run `work([payload, ...])` as a write that nobody asked for."""
+        if not self.takes_own_writes:
+            raise self._refusal("writes")
+        return await self._submit(work, payload, 0)
 
     async def tidy(self, budget_bytes: int) -> int:
         """One step of the store's upkeep; returns the bytes rewritten, zero if none."""
@@ -408,7 +492,7 @@ class StorageNode:
         """
         until = self._clock.monotonic() + lease_s
         if self._state is not ServiceState.SERVING:
-            return LeaseReply(self._incarnation, str(self._state), self._detail)
+            return self._lease_reply()
         if incarnation < self._incarnation:
             raise StaleIncarnation(
                 f"{self.node_id} already lives its incarnation {self._incarnation}",
@@ -421,7 +505,10 @@ class StorageNode:
                 self._lease_until = float("-inf")
         if incarnation == self._incarnation and self._state is ServiceState.SERVING:
             self._lease_until = max(self._lease_until, until)
-        return LeaseReply(self._incarnation, str(self._state), self._detail)
+        return self._lease_reply()
+
+    def _lease_reply(self) -> LeaseReply:
+        return LeaseReply(self._incarnation, str(self._state), self._detail, str(self.fault))
 
     async def summary(self) -> SummaryReply:
         """State and counts.  Answers in every state."""
@@ -452,6 +539,9 @@ class StorageNode:
             free,
             self._pid,
             counters,
+            str(self.fault),
+            SpaceReport(fragment_bytes + free, fragment_bytes, free, free, free),
+            self.scrubber.progress(counters.get("findings", 0)),
         )
 
 
@@ -466,20 +556,3 @@ def _check(record: Buffer) -> tuple[FragmentKey, int] | None:
     except (CorruptFragment, FormatUnsupported):
         return None
     return FragmentKey(fragment.volume, fragment.block, fragment.slot), fragment.epoch
-
-
-def _verify_part(store: FragmentStore, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
-    """As many of `keys`, from the first, as one read gives."""
-    answers = store.get_many(keys, _VERIFY_BYTES)
-    read = itertools.takewhile(lambda answer: answer.status is not ItemStatus.NOT_SENT, answers)
-    return [_verified(key, answer) for key, answer in zip(keys, read, strict=False)]
-
-
-def _verified(key: FragmentKey, answer: StoredRecord) -> VerifiedRecord:
-    if answer.record is None:
-        return VerifiedRecord(answer.status)
-    try:
-        fragment = parse_expected(answer.record, *key)
-    except (CorruptFragment, FormatUnsupported):
-        return VerifiedRecord(ItemStatus.CORRUPT)
-    return VerifiedRecord(ItemStatus.OK, len(answer.record), fragment.epoch, fragment.stripe_tag)

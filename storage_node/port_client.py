@@ -35,6 +35,8 @@ from protocol.messages import (
     DeleteReply,
     DeleteRequest,
     ErrorReply,
+    FindingsReply,
+    FindingsRequest,
     GetReply,
     GetRequest,
     Hello,
@@ -45,8 +47,12 @@ from protocol.messages import (
     LeaseRequest,
     Message,
     Prove,
+    PutPurpose,
     PutReply,
     PutRequest,
+    ScrubAction,
+    ScrubProgress,
+    ScrubRequest,
     SummaryReply,
     SummaryRequest,
     VerifyReply,
@@ -110,7 +116,12 @@ class SocketPort:
     # -- operations ------------------------------------------------------------------------
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         """Store records, each given in pieces.  Raises `InvalidRequest` for more than a frame."""
         lengths = [sum(map(len, pieces)) for pieces in records]
@@ -120,7 +131,7 @@ class SocketPort:
                 f"{FRAME_ITEMS_MAX} of {FRAME_BODY_BYTES_MAX}"
             )
         body = [piece for pieces in records for piece in pieces]
-        request = PutRequest(incarnation, lengths)
+        request = PutRequest(incarnation, lengths, purpose)
         answer = await self._call(Op.PUT, request, body, deadline_s)
         reply = self._decode(PutReply, answer, len(records))
         return PutOutcome(reply.incarnation, [_status(status) for status in reply.statuses])
@@ -202,6 +213,24 @@ class SocketPort:
                 raise self._garbled(Op.VERIFY, "a verify that answers nothing")
             found += read
         return found
+
+    async def scrub(
+        self, action: ScrubAction, bytes_per_s: int, deadline_s: float
+    ) -> ScrubProgress:
+        """Start, pause or resume the node's scrub; where it stands now."""
+        request = ScrubRequest(action, bytes_per_s)
+        return self._decode(ScrubProgress, await self._call(Op.SCRUB, request, (), deadline_s))
+
+    async def findings(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> FindingsReply:
+        """A page of the fragments that the node has set aside."""
+        request = FindingsRequest(b"" if after is None else after.pack(), limit)
+        answer = await self._call(Op.FINDINGS, request, (), deadline_s)
+        reply = self._decode(FindingsReply, answer)
+        if not len(reply.keys) == len(reply.statuses) == len(reply.found_at):
+            raise self._garbled(Op.FINDINGS, "columns of different lengths")
+        return reply
 
     async def close(self) -> None:
         """Close the connection.  Idempotent."""

@@ -34,6 +34,7 @@ from protocol.messages import (
     DeleteReply,
     DeleteRequest,
     ErrorReply,
+    FindingsRequest,
     GetReply,
     GetRequest,
     Hello,
@@ -41,8 +42,11 @@ from protocol.messages import (
     LeaseRequest,
     Message,
     Prove,
+    PutPurpose,
     PutReply,
     PutRequest,
+    ScrubAction,
+    ScrubRequest,
     SummaryRequest,
     VerifyReply,
     VerifyRequest,
@@ -330,14 +334,15 @@ class _Connection(FrameProtocol):
         match header.op:
             case Op.PUT:
                 put = decode(PutRequest, meta)
-                outcome = await node.put(put.incarnation, split_body(body, put.lengths))
+                records = split_body(body, put.lengths)
+                outcome = await node.put(put.incarnation, records, purpose=_purpose(put))
                 return PutReply(outcome.incarnation, [int(s) for s in outcome.statuses]), ()
             case Op.GET:
                 found = await node.get(_keys(decode(GetRequest, meta).keys))
-                records = [answer.record for answer in found if answer.record is not None]
+                pieces = [answer.record for answer in found if answer.record is not None]
                 statuses = [int(answer.status) for answer in found]
                 lengths = [0 if answer.record is None else len(answer.record) for answer in found]
-                return GetReply(statuses, lengths), records
+                return GetReply(statuses, lengths), pieces
             case Op.DELETE:
                 delete = decode(DeleteRequest, meta)
                 done = await node.delete(delete.incarnation, _keys(delete.keys))
@@ -356,6 +361,13 @@ class _Connection(FrameProtocol):
                 return await node.inventory(after, page.limit), ()
             case Op.VERIFY:
                 return _verify_reply(await node.verify(_keys(decode(VerifyRequest, meta).keys))), ()
+            case Op.SCRUB:
+                order = decode(ScrubRequest, meta)
+                return await node.scrub(_action(order), order.bytes_per_s), ()
+            case Op.FINDINGS:
+                wanted = decode(FindingsRequest, meta)
+                after = _keys([wanted.after])[0] if wanted.after else None
+                return await node.findings(after, wanted.limit), ()
             case Op.HELLO | Op.PROVE:
                 raise MalformedFrame(f"{header.op.name} after the handshake")
 
@@ -370,6 +382,21 @@ def split_body(body: memoryview, lengths: Sequence[int]) -> list[memoryview]:
         records.append(body[position : position + length])
         position += length
     return records
+
+
+def _purpose(request: PutRequest) -> PutPurpose:
+    """A purpose of a newer gateway than this node counts as a client's: it gets no privilege."""
+    try:
+        return PutPurpose(request.purpose)
+    except ValueError:
+        return PutPurpose.CLIENT
+
+
+def _action(request: ScrubRequest) -> ScrubAction:
+    try:
+        return ScrubAction(request.action)
+    except ValueError as error:
+        raise InvalidRequest(f"a scrubber cannot do {request.action}") from error
 
 
 def _verify_reply(found: Sequence[VerifiedRecord]) -> VerifyReply:

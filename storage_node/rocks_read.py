@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from rocksdict import Rdict
+from rocksdict import Rdict, RdictIter
 
 from protocol.errors import CorruptFragment
 from protocol.hashing import checksum64
 from protocol.messages import ItemStatus
 from storage_node.extents import Family, Place, record_key, unpack_place
-from storage_node.interface import FragmentKey, StoredRecord
+from storage_node.interface import KEY_BYTES, FragmentKey, NewestPage, StoredRecord
 from storage_node.rocks_errors import read_status
 
 _ABSENT = StoredRecord(ItemStatus.NOT_FOUND, None)
 _CORRUPT = StoredRecord(ItemStatus.CORRUPT, None)
+_KEYS_END = (1 << 8 * KEY_BYTES) - 1
 _NOT_SENT = StoredRecord(ItemStatus.NOT_SENT, None)
 
 
@@ -32,8 +33,11 @@ class Reader:
     index: Rdict
     families: Mapping[Family, Rdict]
 
-    def get_many(self, keys: Sequence[FragmentKey], bytes_max: int) -> list[StoredRecord]:
-        """One answer per key, in order.  Records beyond `bytes_max` in all are NOT_SENT."""
+    def get_many(
+        self, keys: Sequence[FragmentKey], bytes_max: int, gone: StoredRecord = _CORRUPT
+    ) -> list[StoredRecord]:
+        """One answer per key, in order.  Records beyond `bytes_max` in all are NOT_SENT; one that
+        the index names and that is not there answers `gone`."""
         packed = [key.pack() for key in keys]
         answers = [_ABSENT] * len(packed)
         wanted: dict[Family, list[tuple[int, Place]]] = {}
@@ -53,23 +57,25 @@ class Reader:
                 [record_key(family, place.sequence, packed[number]) for number, place in items],
             )
             for (number, place), record in zip(items, records, strict=True):
-                answers[number] = self._answer(packed[number], place, record)
+                answers[number] = self._answer(packed[number], place, record, gone)
         return answers
 
-    def _answer(self, key: bytes, place: Place, record: bytes | Exception | None) -> StoredRecord:
+    def _answer(
+        self, key: bytes, place: Place, record: bytes | Exception | None, gone: StoredRecord
+    ) -> StoredRecord:
         if record is None:
-            return self._read_moved(key, place)
+            return self._read_moved(key, place, gone)
         return _verified(record, place)
 
-    def _read_moved(self, key: bytes, place: Place) -> StoredRecord:
+    def _read_moved(self, key: bytes, place: Place, gone: StoredRecord) -> StoredRecord:
         """A record that was not where the index said: deleted or replaced a moment ago, or lost."""
         now = _place_or_answer(_fetch_each(self.index, [key])[0])
         if isinstance(now, StoredRecord):
             return now
         if now == place:
-            return _CORRUPT
+            return gone
         found = _fetch_each(self.families[now.family], [record_key(now.family, now.sequence, key)])
-        return _CORRUPT if found[0] is None else _verified(found[0], now)
+        return gone if found[0] is None else _verified(found[0], now)
 
     def inventory(
         self, after: FragmentKey | None, limit: int
@@ -90,6 +96,24 @@ class Reader:
         entries.status()
         return found, more
 
+    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+        """Keys and lengths before `before`, in reverse order, up to where the index cannot be
+        read; then a page of none that goes on below."""
+        found: list[tuple[FragmentKey, int]] = []
+        position = before
+        entries = self.index.iter()
+        try:
+            _seek_below(entries, before)
+            while entries.valid() and len(found) < limit:
+                position = entries.key()
+                found.append((FragmentKey.unpack(position), _length_in(entries.value())))
+                entries.prev()
+            more = bool(entries.valid())
+            entries.status()
+        except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
+            return NewestPage(found, below_gap(self.index, position), damaged=True)
+        return NewestPage(found, position if more else None, damaged=False)
+
     def recount(self) -> tuple[int, int]:
         """Fragments and bytes, by reading every index entry."""
         fragments, size = 0, 0
@@ -101,6 +125,58 @@ class Reader:
             entries.next()
         entries.status()
         return fragments, size
+
+
+def _seek_below(entries: RdictIter, before: bytes | None) -> None:
+    """To the last key before `before`; to the last of all for None."""
+    if before is None:
+        entries.seek_to_last()
+        return
+    entries.seek_for_prev(before)
+    if entries.valid() and entries.key() == before:
+        entries.prev()
+
+
+def _length_in(entry: bytes) -> int:
+    try:
+        return unpack_place(entry).length
+    except CorruptFragment:
+        return 0
+
+
+def below_gap(index: Rdict, failed_below: bytes | None) -> bytes | None:
+    """Where reading backwards works again, below a part of the index that cannot be read.
+
+    Looks ever further down from `failed_below` (the end, if None), then halves its way back up:
+    a bad block is a gap between two keys, and everything below it is to be read.  Returns a bound
+    for `newest`, None if nothing below can be read.
+    """
+    top = _KEYS_END if failed_below is None else int.from_bytes(failed_below, "big")
+    step = 1
+    while not _readable_below(index, top - step):
+        step *= 2
+        if step > top:
+            return None
+    low, high = top - step, top - step // 2  # reads work below `low`, not below `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _readable_below(index, middle):
+            low = middle
+        else:
+            high = middle
+    return low.to_bytes(KEY_BYTES, "big")
+
+
+def _readable_below(index: Rdict, bound: int) -> bool:
+    if bound < 0:
+        return False
+    entries = index.iter()
+    try:
+        _seek_below(entries, bound.to_bytes(KEY_BYTES, "big"))
+        entries.status()
+    except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
+        return False
+    return True
 
 
 def fetch(family: Rdict, keys: Sequence[bytes]) -> list[bytes | None]:

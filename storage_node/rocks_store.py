@@ -29,8 +29,10 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer, checksum64
 from protocol.limits import FRAME_BODY_BYTES_MAX
-from protocol.messages import ItemStatus
+from protocol.messages import ItemStatus, PutPurpose
+from storage_node import findings as book
 from storage_node import identity, merge
+from storage_node.examine import examined
 from storage_node.extents import (
     Family,
     Item,
@@ -43,7 +45,13 @@ from storage_node.extents import (
     write_extent,
 )
 from storage_node.identity import INCOMING_DIRECTORY, STORE_DIRECTORY, Identity
-from storage_node.interface import FragmentKey, StoredRecord, StoreStats
+from storage_node.interface import (
+    Finding,
+    FragmentKey,
+    NewestPage,
+    StoredRecord,
+    StoreStats,
+)
 from storage_node.rocks_errors import open_error, reading, write_error
 from storage_node.rocks_options import (
     EXTENTS_FAMILY,
@@ -62,6 +70,7 @@ _UNSYNCED_GROUPS_MAX = 64
 """Bounds what an open after a power cut has to index again."""
 
 _STORE_ID = "store_id"
+_GONE = StoredRecord(ItemStatus.NOT_FOUND, None)
 
 
 def open_store(
@@ -107,6 +116,7 @@ class RocksStore:
         self._failure: str | None = None
         self._closed = False
         self._unsynced_groups = 0
+        self._findings: dict[bytes, Finding] = {}
         self._counters = dict.fromkeys(
             ("extents_written", "batches_synced", "rolled_forward", "tables_unreadable"), 0
         )
@@ -123,7 +133,7 @@ class RocksStore:
         self._bulk = {Family.EXTENTS: self._extents, Family.SMALL: self._small}
         self._handles = {Family.EXTENTS: self._extents_handle, Family.SMALL: self._small_handle}
         self._reader = Reader(self._index, self._bulk)
-        self._merger = merge.Merger(self._database, self._bulk, self._index)
+        self._merger = merge.Merger(self._database, self._bulk, self._index, self._findings)
         try:
             self._recover()
         except BaseException:
@@ -149,6 +159,7 @@ class RocksStore:
         with reading(self._directory):
             row = self._database.get(TOTALS_KEY)
             self._totals = Totals() if row is None else Totals.unpack(row)
+            self._findings.update(self._load_findings())
             found = unindexed_groups(
                 self._database.live_files(), self._extents, self._totals.last_sequence
             )
@@ -184,7 +195,11 @@ class RocksStore:
 
     # -- writing ---------------------------------------------------------------------------
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
         """Store all; durable on return.  Raises `NodeFull`, `NodeRefuses`, `DirectoryCorrupt`."""
         latest = {key.pack(): record for key, record in records}
         if not latest:
@@ -205,6 +220,19 @@ class RocksStore:
                         for key, record in latest.items()
                     ]
                 )
+                if self._findings:
+                    self._end_replaced([key for key in latest if key in self._findings])
+
+    def _end_replaced(self, keys: list[bytes]) -> None:
+        """End findings whose new record reads back well; until then the old one is kept."""
+        fragments = [FragmentKey.unpack(key) for key in keys]
+        answers = self.examine(fragments)
+        ended = [
+            key
+            for key, fragment, answer in zip(keys, fragments, answers, strict=True)
+            if examined(fragment, answer).status is ItemStatus.OK
+        ]
+        self._write_findings(book.Change({}, ended))
 
     def _put(self, items: list[Item]) -> None:
         items = [item._replace(checksum=checksum64(item.record)) for item in items]
@@ -293,8 +321,11 @@ class RocksStore:
                     for key, place in known.items():
                         batch.delete(key, self._index_handle)
                         self._add_dead(batch, key, place)
+                        batch.delete(book.finding_row_key(key))
                     gone = sum(place.length for place in known.values())
                     self._commit(batch, self._totals.died(len(known), gone), sync=True)
+                for key in known:
+                    self._findings.pop(key, None)
         return [ItemStatus.OK if key in known else ItemStatus.NOT_FOUND for key in packed]
 
     def put_state(self, values: dict[str, bytes]) -> None:
@@ -340,7 +371,13 @@ class RocksStore:
         """One answer per key, in order; each record matched the checksum in its index entry."""
         if self._closed:
             raise NodeRefuses(f"{self._directory} is closed")
-        return self._reader.get_many(keys, bytes_max)
+        answers = self._reader.get_many(keys, bytes_max)
+        if self._findings:
+            for number, key in enumerate(keys):
+                finding = self._findings.get(key.pack())
+                if finding is not None and finding.status is ItemStatus.CORRUPT:
+                    answers[number] = StoredRecord(ItemStatus.CORRUPT, None)
+        return answers
 
     def _places(self, keys: list[bytes]) -> dict[bytes, Place]:
         """Index entries of those keys that have one.  Raises what rocksdict raises."""
@@ -363,6 +400,61 @@ class RocksStore:
         with reading(self._directory):
             value: bytes | None = self._database.get(_state_key(name))
         return value
+
+    # -- what went bad -------------------------------------------------------------------------
+
+    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+        """A page of the index in reverse order; what cannot be read of it is passed over."""
+        return self._reader.newest(before, limit)
+
+    def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """Read records, also those set aside; one that is gone answers NOT_FOUND."""
+        return self._reader.get_many(keys, FRAME_BODY_BYTES_MAX, _GONE)
+
+    def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
+        """Look once more, and note what is still bad; durable on return."""
+        with self._lock:
+            self._check_writable()
+            with self._writing("setting fragments aside"):
+                held = [key for key in keys if self._is_indexed(key.pack())]
+                change = book.look_again(self._findings, held, self.examine, at)
+                self._write_findings(change)
+        return len(change.noted)
+
+    def _is_indexed(self, key: bytes) -> bool:
+        """Also if its entry cannot be read: then the fragment is bad, not absent."""
+        try:
+            return fetch(self._index, [key])[0] is not None
+        except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
+            return True
+
+    def _write_findings(self, change: book.Change) -> None:
+        if not change.noted and not change.ended:
+            return
+        batch = WriteBatch(raw_mode=True)
+        for key, finding in change.noted.items():
+            batch.put(book.finding_row_key(key), book.pack_finding(finding))
+        for key in change.ended:
+            batch.delete(book.finding_row_key(key))
+        self._database.write(batch, self._synced)
+        self._findings.update(change.noted)
+        for key in change.ended:
+            del self._findings[key]
+
+    def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
+        """A page of open findings in key order."""
+        return book.page_of(self._findings, after, limit)
+
+    def _load_findings(self) -> dict[bytes, Finding]:
+        found: dict[bytes, Finding] = {}
+        rows = self._database.iter()
+        rows.seek(book.FINDING_PREFIX)
+        while rows.valid() and rows.key().startswith(book.FINDING_PREFIX):
+            key = rows.key()[len(book.FINDING_PREFIX) :]
+            found[key] = book.unpack_finding(key, rows.value())
+            rows.next()
+        rows.status()
+        return found
 
     # -- upkeep ----------------------------------------------------------------------------
 
@@ -416,6 +508,7 @@ class RocksStore:
             **self._merger.counters,
             "dead_records": totals.dead_records,
             "dead_bytes": totals.dead_bytes,
+            "findings": len(self._findings),
         }
         return StoreStats(totals.fragments, totals.fragment_bytes, disk, counters)
 

@@ -36,6 +36,17 @@ class ServiceState(enum.StrEnum):
     CLOSING = "closing"
 
 
+class Fault(enum.StrEnum):
+    """What a node knows to be wrong with its disk.  Append-only: travels as text."""
+
+    NONE = ""
+    DIRECTORY = "directory"
+    """Missing, empty, another node's or of a newer version: for an operator to put right.  Says
+    nothing about what the disk holds."""
+    DISK = "disk"
+    """Cannot be relied on: I/O errors, a store or an index that cannot be read, failing writes."""
+
+
 TRANSITIONS: Final[dict[ServiceState, frozenset[ServiceState]]] = {
     ServiceState.OPENING: frozenset(
         {ServiceState.SERVING, ServiceState.REFUSING, ServiceState.CLOSING}

@@ -21,8 +21,15 @@ from protocol.errors import DirectoryCorrupt, NodeRefuses
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
 from protocol.limits import FRAME_BODY_BYTES_MAX
-from protocol.messages import ItemStatus
-from storage_node.interface import FragmentKey, FragmentStore, StoredRecord, StoreStats
+from protocol.messages import ItemStatus, PutPurpose
+from storage_node.interface import (
+    Finding,
+    FragmentKey,
+    FragmentStore,
+    NewestPage,
+    StoredRecord,
+    StoreStats,
+)
 from storage_node.memory_store import Disk
 
 DISK_MEAN_S = 0.0015
@@ -134,16 +141,21 @@ class SimStore:
         self._rng = rng
         self._failed = False
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
         """See `FragmentStore.put_group`."""
         self._check_writable()
         if self._disk.full:
             self._faults.fired("disk_full")
         some = [record for record in records if self._rng.random() < 0.5]
         self._fail_or_die(
-            lambda: self._inner.put_group(some), lambda: self._inner.put_group(records)
+            lambda: self._inner.put_group(some, purpose),
+            lambda: self._inner.put_group(records, purpose),
         )
-        self._inner.put_group(records)
+        self._inner.put_group(records, purpose)
 
     def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
         """See `FragmentStore.delete_group`."""
@@ -159,6 +171,12 @@ class SimStore:
         self._check_writable()
         self._fail_or_die(lambda: None, lambda: self._inner.put_state(values))
         self._inner.put_state(values)
+
+    def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
+        """See `FragmentStore.set_aside`."""
+        self._check_writable()
+        self._fail_or_die(lambda: None, lambda: self._inner.set_aside(keys, at))
+        return self._inner.set_aside(keys, at)
 
     def _fail_or_die(self, part: Callable[[], object], whole: Callable[[], object]) -> None:
         """Carry out the fault that waits for this write, if there is one."""
@@ -188,7 +206,13 @@ class SimStore:
         self, keys: Sequence[FragmentKey], bytes_max: int = FRAME_BODY_BYTES_MAX
     ) -> list[StoredRecord]:
         """See `FragmentStore.get_many`."""
-        answers = self._inner.get_many(keys, bytes_max)
+        return self._with_read_errors(self._inner.get_many(keys, bytes_max))
+
+    def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
+        """See `FragmentStore.examine`."""
+        return self._with_read_errors(self._inner.examine(keys))
+
+    def _with_read_errors(self, answers: list[StoredRecord]) -> list[StoredRecord]:
         if not self._faults.read_error_share:
             return answers
         return [self._with_errors(answer) for answer in answers]
@@ -204,6 +228,14 @@ class SimStore:
     ) -> tuple[list[tuple[FragmentKey, int]], bool]:
         """See `FragmentStore.inventory`."""
         return self._inner.inventory(after, limit)
+
+    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+        """See `FragmentStore.newest`."""
+        return self._inner.newest(before, limit)
+
+    def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
+        """See `FragmentStore.findings`."""
+        return self._inner.findings(after, limit)
 
     def get_state(self, name: str) -> bytes | None:
         """See `FragmentStore.get_state`."""

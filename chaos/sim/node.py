@@ -20,7 +20,16 @@ from protocol.clock import Clock
 from protocol.errors import DirectoryForeign, HandshakeRefused
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+from protocol.messages import (
+    FindingsReply,
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SummaryReply,
+)
 from storage_node import identity
 from storage_node.host import NodeHost, Register
 from storage_node.identity import Identity
@@ -108,7 +117,7 @@ class SimNode(NodeHost):
     async def main(self) -> None:
         """From start to death."""
         async with asyncio.TaskGroup() as tasks:
-            for work in (self._keep_open(), self._keep_registered(), self._keep_tidy()):
+            for work in self._duties():
                 tasks.create_task(work)
 
     async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,9 +141,11 @@ class SimNode(NodeHost):
         if (cluster_id, node_id) != (self.config.cluster_id, self.config.node_id):
             raise HandshakeRefused(f"this is {self.config.node_id}, not {node_id}")
 
-    async def put(self, incarnation: int, records: Sequence[Buffer]) -> PutOutcome:
+    async def put(
+        self, incarnation: int, records: Sequence[Buffer], purpose: PutPurpose
+    ) -> PutOutcome:
         """See `StorageNode.put`."""
-        return await self.node.put(incarnation, records)
+        return await self.node.put(incarnation, records, purpose=purpose)
 
     async def get(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
         """See `StorageNode.get`."""
@@ -159,3 +170,11 @@ class SimNode(NodeHost):
     async def verify(self, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
         """See `StorageNode.verify`."""
         return await self.node.verify(keys)
+
+    async def scrub(self, action: ScrubAction, bytes_per_s: int) -> ScrubProgress:
+        """See `StorageNode.scrub`."""
+        return await self.node.scrub(action, bytes_per_s)
+
+    async def findings(self, after: FragmentKey | None, limit: int) -> FindingsReply:
+        """See `StorageNode.findings`."""
+        return await self.node.findings(after, limit)

@@ -3,8 +3,8 @@
 The twin of `storage_node.port_client.SocketPort`; it raises the same errors in the same cases:
 
     refused, unreachable, no handshake in time            NodeUnavailable
-    read, lease, summary, inventory, verify, no answer       NodeUnavailable
     put or delete sent, no answer                         UnknownOutcome
+    anything else sent, no answer                         NodeUnavailable
     answered with an error                                that error
 
 Built by `chaos/sim/world.py` for every `NodePool` and for the placement service.
@@ -20,7 +20,16 @@ from chaos.sim.process import SimProcess
 from protocol.errors import NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+from protocol.messages import (
+    FindingsReply,
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SummaryReply,
+)
 from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 
 
@@ -46,11 +55,16 @@ class SimPort:
         return self._node_id
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         """See `NodePort.put`.  The pieces are joined here: the wire keeps no reference."""
         sent = [b"".join(pieces) for pieces in records]
-        outcome: PutOutcome = await self._change("put", (incarnation, sent), deadline_s)
+        outcome: PutOutcome = await self._change("put", (incarnation, sent, purpose), deadline_s)
         return outcome
 
     async def get(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[StoredRecord]:
@@ -93,6 +107,20 @@ class SimPort:
             )
             found += [item for item in answers if item.status is not ItemStatus.NOT_SENT]
         return found
+
+    async def scrub(
+        self, action: ScrubAction, bytes_per_s: int, deadline_s: float
+    ) -> ScrubProgress:
+        """See `NodePort.scrub`."""
+        progress: ScrubProgress = await self._look("scrub", (action, bytes_per_s), deadline_s)
+        return progress
+
+    async def findings(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> FindingsReply:
+        """See `NodePort.findings`."""
+        reply: FindingsReply = await self._look("findings", (after, limit), deadline_s)
+        return reply
 
     async def close(self) -> None:
         """Close the connection: requests under way fail as if it were lost.  Idempotent."""

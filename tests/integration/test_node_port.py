@@ -455,7 +455,7 @@ class Gate:
         self.open.set()
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        if work.__name__ == "_store_group":
+        if work.__name__ == "_store_client_group":
             await self.open.wait()
         return work(*arguments)
 

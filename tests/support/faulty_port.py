@@ -10,7 +10,16 @@ from protocol.clock import Clock
 from protocol.errors import HaversackError, NodeUnavailable, UnknownOutcome
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId
-from protocol.messages import InventoryReply, ItemStatus, LeaseReply, SummaryReply
+from protocol.messages import (
+    FindingsReply,
+    InventoryReply,
+    ItemStatus,
+    LeaseReply,
+    PutPurpose,
+    ScrubAction,
+    ScrubProgress,
+    SummaryReply,
+)
 from storage_node.interface import FragmentKey, PutOutcome, StoredRecord, VerifiedRecord
 from storage_node.local_port import LocalPort
 from storage_node.node import StorageNode
@@ -77,12 +86,17 @@ class FaultyPort:
             await self._clock.sleep(delay_s)
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         await self._arrive("put", deadline_s, UnknownOutcome)
         if self._faults.put_refuses is not None:
             raise self._faults.put_refuses
-        outcome = await self._inner.put(incarnation, records, deadline_s)
+        outcome = await self._inner.put(incarnation, records, deadline_s, purpose=purpose)
         if self._faults.loses_replies:
             raise UnknownOutcome(f"{self.node_id}: the connection was lost")
         if self._faults.answers_as is not None:
@@ -129,6 +143,18 @@ class FaultyPort:
     async def verify(self, keys: Sequence[FragmentKey], deadline_s: float) -> list[VerifiedRecord]:
         await self._arrive("verify", deadline_s, NodeUnavailable)
         return await self._inner.verify(keys, deadline_s)
+
+    async def scrub(
+        self, action: ScrubAction, bytes_per_s: int, deadline_s: float
+    ) -> ScrubProgress:
+        await self._arrive("scrub", deadline_s, NodeUnavailable)
+        return await self._inner.scrub(action, bytes_per_s, deadline_s)
+
+    async def findings(
+        self, after: FragmentKey | None, limit: int, deadline_s: float
+    ) -> FindingsReply:
+        await self._arrive("findings", deadline_s, NodeUnavailable)
+        return await self._inner.findings(after, limit, deadline_s)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -33,7 +33,7 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId
-from protocol.messages import ItemStatus, SummaryReply
+from protocol.messages import ItemStatus, PutPurpose, SummaryReply
 from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
 from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
@@ -46,8 +46,12 @@ class AcksBeforeDurable(MemoryStore):
         super().__init__(disk)
         self._buffered: Sequence[tuple[FragmentKey, Buffer]] = ()
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
-        super().put_group(self._buffered)
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
+        super().put_group(self._buffered, purpose)
         self._buffered = [(key, bytes(record)) for key, record in records]
 
 
@@ -61,8 +65,12 @@ class NeverSyncs(MemoryStore):
         for key in self.unsynced.pop(id(disk), []):
             disk._remove(key)
 
-    def put_group(self, records: Sequence[tuple[FragmentKey, Buffer]]) -> None:
-        super().put_group(records)
+    def put_group(
+        self,
+        records: Sequence[tuple[FragmentKey, Buffer]],
+        purpose: PutPurpose = PutPurpose.CLIENT,
+    ) -> None:
+        super().put_group(records, purpose)
         self.unsynced.setdefault(id(self._disk), []).extend(key.pack() for key, _ in records)
 
     def close(self) -> None:

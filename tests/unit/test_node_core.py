@@ -30,7 +30,7 @@ from protocol.messages import ItemStatus
 from storage_node.interface import FragmentKey
 from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
-from storage_node.service_state import ServiceState
+from storage_node.service_state import Fault, ServiceState
 
 OK, INVALID, STALE = ItemStatus.OK, ItemStatus.INVALID, ItemStatus.STALE_EPOCH
 LEASE_S = 10.0
@@ -307,9 +307,10 @@ async def test_an_inventory_pages_through_everything(node: StorageNode) -> None:
 
 async def test_a_node_without_a_store_says_so_and_takes_no_lease(clock: HandClock) -> None:
     node = node_on(None, clock)
-    node.refuse("the directory belongs to node-07")
+    node.refuse("the directory belongs to node-07", Fault.DIRECTORY)
     answer = await node.lease(3, LEASE_S)
     assert (answer.state, answer.detail) == ("refusing", "the directory belongs to node-07")
+    assert answer.fault == (await node.summary()).fault == Fault.DIRECTORY
     assert not node.has_lease
     assert (await node.summary()).state == "refusing"
     for call in (node.get([fragment_key(1)]), node.inventory(None, 1), node.put(3, [])):

@@ -16,6 +16,7 @@ from chaos.sim.process import SimProcess
 from chaos.sim.trace import Trace
 from protocol.errors import HandshakeRefused, NodeFull, NodeUnavailable, UnknownOutcome
 from protocol.ids import NodeId
+from protocol.messages import PutPurpose
 
 
 class Echo:
@@ -29,7 +30,8 @@ class Echo:
         if cluster_id != "cell":
             raise HandshakeRefused("another cell")
 
-    async def put(self, incarnation: int, records: list[bytes]) -> list[bytes]:
+    async def put(self, incarnation: int, records: list[bytes], purpose: PutPurpose) -> list[bytes]:
+        assert purpose is PutPurpose.CLIENT
         await asyncio.sleep(self.service_s)
         self.calls.append("put")
         if not records:
