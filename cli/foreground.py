@@ -51,8 +51,28 @@ def lock_directory(data: Path) -> TextIO:
     data.mkdir(parents=True, exist_ok=True)
     path = data / "up.lock"
     handle = path.open("a+", encoding="ascii")
+    _lock(handle, data, fcntl.LOCK_EX)
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    return handle
+
+
+def keep_stopped(data: Path) -> TextIO | None:
+    """Keep `haversack up` away from `data` until the file is closed, without writing anything;
+    None if there never was one.  Raises `DirectoryInUse`."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = (data / "up.lock").open(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    _lock(handle, data, fcntl.LOCK_SH)
+    return handle
+
+
+def _lock(handle: TextIO, data: Path, how: int) -> None:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.seek(0)
         holder = handle.read().strip() or "unknown"
@@ -61,11 +81,6 @@ def lock_directory(data: Path) -> TextIO:
             f"{data} is in use by pid {holder}: stop that `haversack up`, or choose another --data",
             {"directory": str(data), "pid": holder},
         ) from error
-    handle.seek(0)
-    handle.truncate()
-    handle.write(f"{os.getpid()}\n")
-    handle.flush()
-    return handle
 
 
 def run(data: Path) -> int:

@@ -199,6 +199,26 @@ def rm(
 
 
 @app.command()
+def fsck(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a stopped cell.")],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every record, not one of each block.")
+    ] = False,
+    node_directory: Annotated[
+        list[Path] | None,
+        typer.Option("--node-directory", help="A node's directory elsewhere; may be repeated."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the disks of a stopped cell with its databases; writes nothing."""
+    from cli import fsck as check
+
+    others = tuple(node_directory or ())
+    raise typer.Exit(check.report(data, others, check.Manner(deep, json, quiet)))
+
+
+@app.command()
 def demo(
     tree: Annotated[
         Path | None,

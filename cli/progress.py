@@ -30,6 +30,58 @@ def shown_progress(verb: str, quiet: bool) -> Iterator[Callable[[Counters], None
         yield _lines(verb)
 
 
+@contextmanager
+def shown_count(unit: str, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that is told what was done, to how many `unit`s, of how many about."""
+    if quiet:
+        yield lambda _what, _done, _total: None
+    elif sys.stderr.isatty():
+        with _count_bar() as callback:
+            yield callback
+    else:
+        yield _count_lines(unit)
+
+
+def _count_lines(unit: str) -> Callable[[str, int, int], None]:
+    last = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY_S:
+            last = now
+            say(f"{what}: {figures.number(done)} of {figures.plural(max(done, total), unit)}")
+
+    return show
+
+
+@contextmanager
+def _count_bar() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, total=max(done, total), completed=done)
+
+        yield show
+
+
 def _lines(verb: str) -> Callable[[Counters], None]:
     last = time.monotonic()
 

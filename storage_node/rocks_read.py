@@ -42,7 +42,7 @@ class Reader:
         answers = [_ABSENT] * len(packed)
         wanted: dict[Family, list[tuple[int, Place]]] = {}
         budget = bytes_max
-        for number, entry in enumerate(_fetch_each(self.index, packed)):
+        for number, entry in enumerate(fetch_each(self.index, packed)):
             place = _place_or_answer(entry)
             if isinstance(place, StoredRecord):
                 answers[number] = place
@@ -52,7 +52,7 @@ class Reader:
                 budget -= place.length
                 wanted.setdefault(place.family, []).append((number, place))
         for family, items in wanted.items():
-            records = _fetch_each(
+            records = fetch_each(
                 self.families[family],
                 [record_key(family, place.sequence, packed[number]) for number, place in items],
             )
@@ -65,17 +65,17 @@ class Reader:
     ) -> StoredRecord:
         if record is None:
             return self._read_moved(key, place, gone)
-        return _verified(record, place)
+        return verified(record, place)
 
     def _read_moved(self, key: bytes, place: Place, gone: StoredRecord) -> StoredRecord:
         """A record that was not where the index said: deleted or replaced a moment ago, or lost."""
-        now = _place_or_answer(_fetch_each(self.index, [key])[0])
+        now = _place_or_answer(fetch_each(self.index, [key])[0])
         if isinstance(now, StoredRecord):
             return now
         if now == place:
             return gone
-        found = _fetch_each(self.families[now.family], [record_key(now.family, now.sequence, key)])
-        return gone if found[0] is None else _verified(found[0], now)
+        found = fetch_each(self.families[now.family], [record_key(now.family, now.sequence, key)])
+        return gone if found[0] is None else verified(found[0], now)
 
     def inventory(
         self, after: FragmentKey | None, limit: int
@@ -185,14 +185,14 @@ def fetch(family: Rdict, keys: Sequence[bytes]) -> list[bytes | None]:
     return cast("list[bytes | None]", values)
 
 
-def _fetch_each(family: Rdict, keys: Sequence[bytes]) -> Sequence[bytes | Exception | None]:
+def fetch_each(family: Rdict, keys: Sequence[bytes]) -> Sequence[bytes | Exception | None]:
     """Values in order; where a key fails, its own error and not the whole list's."""
     try:
         return fetch(family, keys)
     except Exception as error:  # noqa: BLE001  rocksdict raises nothing more precise
         if len(keys) == 1:
             return [error]
-    return [_fetch_each(family, [key])[0] for key in keys]
+    return [fetch_each(family, [key])[0] for key in keys]
 
 
 def _place_or_answer(entry: bytes | Exception | None) -> Place | StoredRecord:
@@ -206,7 +206,7 @@ def _place_or_answer(entry: bytes | Exception | None) -> Place | StoredRecord:
         return _CORRUPT
 
 
-def _verified(record: bytes | Exception, place: Place) -> StoredRecord:
+def verified(record: bytes | Exception, place: Place) -> StoredRecord:
     if isinstance(record, Exception):
         return StoredRecord(read_status(record), None)
     if len(record) != place.length or checksum64(record) != place.checksum:

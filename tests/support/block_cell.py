@@ -36,7 +36,7 @@ from protocol.hashing import hash_block
 from protocol.ids import BlockHash, NodeId, VolumeId
 from sql.database import Database
 from storage_node.identity import Identity
-from storage_node.interface import FragmentKey, NodePort
+from storage_node.interface import FragmentKey, FragmentStore, NodePort
 from storage_node.memory_store import MemoryStore
 from storage_node.node import StorageNode
 
@@ -73,15 +73,14 @@ class BlockCell:
         self.clock = clock
         self.scheme = scheme
         self.rng = random.Random(seed)
-        self.db = Database("sqlite://", inline=True)
-        prepare_schema(self.db)
+        self.db = self._make_database()
         self.node_ids = [NodeId.numbered(number + 1) for number in range(nodes)]
         specs = [node_spec(number + 1) for number in range(nodes)]
         create_cell(self.db, clock, CLUSTER_ID, scheme, specs)
         self.rows = Rows(self.db)
         self.index = BlockIndex(self.db, clock)
         self.map = VolumeMap(self.db, clock)
-        self.stores = {node_id: MemoryStore() for node_id in self.node_ids}
+        self.stores = {node_id: self._make_store(node_id) for node_id in self.node_ids}
         self.nodes: dict[NodeId, StorageNode] = {}
         self.faults = {node_id: Faults() for node_id in self.node_ids}
         self.calls: list[str] = []
@@ -93,6 +92,14 @@ class BlockCell:
         self.settings = BlockClientSettings(scheme=scheme, **settings)
         self.codec = Codec()
         self.pool, self.client = self.new_client(seed)
+
+    def _make_database(self) -> Database:
+        database = Database("sqlite://", inline=True)
+        prepare_schema(database)
+        return database
+
+    def _make_store(self, node_id: NodeId) -> FragmentStore:
+        return MemoryStore()
 
     def new_client(self, seed: int) -> tuple[NodePool, BlockClient]:
         """A client as another gateway has it: it shares the cell and nothing else."""
