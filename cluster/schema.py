@@ -202,9 +202,15 @@ stray = Table(
     Column("volume_id", BigInteger, primary_key=True, autoincrement=False),
     Column("hash", LargeBinary, primary_key=True),
     Column("slot", SmallInteger, primary_key=True, autoincrement=False),
-    # `StrayKind`: an orphan, or misplaced.
+    # `Difference`: an orphan, misplaced, or stale.
     Column("kind", String, nullable=False),
+    # Of the record, bytes.
+    Column("length", Integer, nullable=False),
     Column("first_seen", Float, nullable=False),
+    # Number of the verifier's pass that saw it last.
+    Column("pass_number", BigInteger, nullable=False),
+    # When its removal began; NULL for all but the few that are being deleted now.
+    Column("removing", Float, nullable=True),
     sqlite_with_rowid=False,
 )
 
@@ -213,6 +219,7 @@ passes = Table(
     metadata,
     Column("kind", String, primary_key=True),
     Column("subject", String, primary_key=True),
+    # Counts the passes of this kind and subject, or their requests.
     Column("number", BigInteger, nullable=False),
     Column("begun", Float, nullable=False),
     Column("ended", Float, nullable=True),

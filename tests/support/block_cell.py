@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cell_rows import CLUSTER_ID, Rows, node_spec
 from faulty_port import Faults, FaultyPort
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from chaos.sim.clock import VirtualClock
 from chaos.sim.loop import SimLoop
@@ -208,6 +208,20 @@ class BlockCell:
                 delete(blocks).where(blocks.c.hash == bytes(block))
             )
         )
+
+    def take_row(self, block: BlockHash) -> dict[str, Any]:
+        """Take a block's row away, as if its put had not come to its end; returns its values."""
+
+        def work(connection: Connection) -> dict[str, Any]:
+            row = connection.execute(select(blocks).where(blocks.c.hash == bytes(block))).one()
+            connection.execute(delete(blocks).where(blocks.c.hash == bytes(block)))
+            return dict(row._mapping)
+
+        return self.db.transact(work)
+
+    def give_row(self, values: dict[str, Any]) -> None:
+        """Put a row of `take_row` back."""
+        self.db.transact(lambda connection: connection.execute(insert(blocks), values))
 
     def all_rows(self) -> list[BlockRow]:
         """The whole block index."""

@@ -58,7 +58,10 @@ def _create_verification() -> None:
         sa.Column("hash", sa.LargeBinary, primary_key=True),
         sa.Column("slot", sa.SmallInteger, primary_key=True, autoincrement=False),
         sa.Column("kind", sa.String, nullable=False),
+        sa.Column("length", sa.Integer, nullable=False),
         sa.Column("first_seen", sa.Float, nullable=False),
+        sa.Column("pass_number", sa.BigInteger, nullable=False),
+        sa.Column("removing", sa.Float, nullable=True),
         sqlite_with_rowid=False,
     )
     op.create_table(
