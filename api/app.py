@@ -26,6 +26,7 @@ from api.routing import Route
 from api.services import Services
 from api.system_routes import SystemRoutes
 from api.turns import Turns
+from api.verify_routes import VerifyRoutes
 from cluster.byte_budget import ByteBudget
 
 TITLE = "Haversack"
@@ -83,7 +84,14 @@ class GatewayApp(FastAPI):
             clock=services.clock,
         )
         tree = MetadataRoutes(services.tree, authority, services.run)
-        return [*blocks.routes(), *batches.routes(), *tree.routes(), *system.routes()]
+        verify = VerifyRoutes(services.verification)
+        return [
+            *blocks.routes(),
+            *batches.routes(),
+            *tree.routes(),
+            *system.routes(),
+            *verify.routes(),
+        ]
 
     def build_middleware_stack(self) -> ASGIApp:
         """The gate; what is not HTTP (start-up and shut-down) goes to FastAPI's router."""

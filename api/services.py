@@ -29,6 +29,7 @@ from cluster.cell import open_cell
 from cluster.node_pool import NodePool
 from cluster.status import read_status
 from cluster.topology import SERVES_READS, NodeView
+from cluster.verify.admin import Verification
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
 from erasure.keyring import Keyring
@@ -63,6 +64,7 @@ class Services:
     blocks: BlockClient
     status: Callable[[], Awaitable[dict[str, Any]]]
     """Body of `/v1/admin/status`."""
+    verification: Verification
     readiness: Callable[[], Awaitable[Readiness]]
     run: Run
     metrics: Metrics = field(default_factory=Metrics)
@@ -154,6 +156,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             volume_map=volume_map,
             blocks=blocks,
             status=status,
+            verification=Verification(cell_db, clock),
             readiness=ReadinessProbe(databases, volume_map, cell.schemes, clock).ask,
             run=run,
             metrics=metrics,

@@ -111,6 +111,7 @@ def _application(name: str) -> Any:
             volume_map=instant,
             blocks=instant,
             status=instant,
+            verification=instant,
             readiness=instant,
             run=run,
         )

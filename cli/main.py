@@ -123,6 +123,30 @@ def status(
 
 
 @app.command()
+def verify(
+    context: typer.Context,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every fragment.")] = False,
+    remove_strays: Annotated[
+        bool,
+        typer.Option("--remove-strays", help="Delete old fragments that are in no block's slot."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Say what would be deleted, and stop.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Compare the block index with what all nodes hold, in both directions."""
+    from cli import verify as verification
+
+    options = _server(context, server, token_file)
+    wish = verification.Wish(deep, remove_strays, dry_run)
+    raise typer.Exit(verification.run(options, wish, json, quiet))
+
+
+@app.command()
 def put(
     context: typer.Context,
     path: Annotated[str, typer.Argument(help="File, folder or symlink.")],

@@ -379,6 +379,20 @@ class HaversackClient:
         """The cell's nodes, volumes and bytes; for administrators."""
         return await self._get_json("/v1/admin/status")
 
+    async def verification(self) -> dict[str, Any]:
+        """What the verifier found and is about to do; for administrators."""
+        return await self._get_json("/v1/admin/verify")
+
+    async def request_verification(
+        self, *, deep: bool = False, remove_strays: bool = False, dry_run: bool = False
+    ) -> int:
+        """Ask the verifier for a pass or a removal of strays; returns the request's number."""
+        body = {"deep": deep, "remove_strays": remove_strays, "dry_run": dry_run}
+        return await self._transport.call(
+            Call("POST", "/v1/admin/verify", body=[orjson.dumps(body)]),
+            lambda reply: int(json_object(reply, "a request to verify")["request"]),
+        )
+
     async def is_ready(self) -> bool:
         """Whether the server says that it serves; False also when it cannot be reached."""
         try:

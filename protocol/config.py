@@ -123,6 +123,10 @@ class Settings(BaseSettings):
     """Silence after which a node is down; its volumes are sealed.  Shorter than its lease."""
     node_out_after_s: Seconds = 900.0
     """Silence after which a down node's fragments are rebuilt elsewhere."""
+    verify_period_s: Seconds = 7 * 24 * 3600.0
+    """How often the verifier compares the block index with all disks."""
+    stray_grace_s: Seconds = 24 * 3600.0
+    """A fragment in no row's slot is not removed before it is known for this long."""
     open_volumes: int = Field(default=4, ge=1, le=64)
     """Stock of open volumes per scheme."""
     volume_bytes: Bytes = 1 * GIB

@@ -118,16 +118,26 @@ class Confirmer:
 
     async def _record(self, found: Sequence[Finding], truth: Truth) -> None:
         """Step 3."""
-        if not found:
-            return
         now = self._clock.wall()
-        kept = await self._lead.write(lambda connection: _record(connection, found, truth, now))
-        for finding in kept:
+        for finding in await record_findings(self._lead, now, found, truth, "verifier"):
             self._tally.add_finding(finding)
 
 
+async def record_findings(
+    lead: Lead, now: float, found: Sequence[Finding], truth: Truth, finder: str
+) -> list[Finding]:
+    """Make debts of findings that still hold; returns those.
+
+    `truth` is what they were judged by; `finder` is named in the event.  Raises `NotLeader`,
+    `DatabaseBusy`, `UnknownOutcome`.
+    """
+    if not found:
+        return []
+    return await lead.write(lambda connection: _record(connection, found, truth, now, finder))
+
+
 def _record(
-    connection: Connection, found: Sequence[Finding], before: Truth, now: float
+    connection: Connection, found: Sequence[Finding], before: Truth, now: float, finder: str
 ) -> list[Finding]:
     """Write debts of what still holds; returns it."""
     truth = read_truth(connection, [finding.key for finding in found])
@@ -149,7 +159,7 @@ def _record(
         record_debts(connection, sorted(rows), now, DEBT_REASONS[difference])
     for volume, counts in sorted(volumes.items()):
         told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        record_event(connection, now, EventKind.DEBT_FOUND, volume, f"verifier: {told}")
+        record_event(connection, now, EventKind.DEBT_FOUND, volume, f"{finder}: {told}")
     return kept
 
 

@@ -1,7 +1,7 @@
 """Reads of `cell.db` for a pass, in short transactions that never hold a writer up.
 
 There is no index of `blocks` by volume (`docs/design/008-block-index.md`): one scan of the table,
-page by page in key order, gives the rows of a whole chunk of volumes.
+page by page in key order, gives the rows of a whole section of volumes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cluster import map_rows
 from cluster.block_sql import LIVE
 from cluster.schema import blocks, debts, map_version, slot_moves, volumes
 from cluster.topology import NodeState, NodeView, VolumeView
-from cluster.verify.chunk_index import IndexRow
+from cluster.verify.section_index import IndexRow
 from cluster.verify.settings import VerifierSettings
 from protocol.ids import BlockHash, NodeId, VolumeId
 from sql.database import Database
 from storage_node.interface import FragmentKey
 
 LAST_VOLUME: Final = 2**63 - 1
-"""End of the last chunk: fragments of volumes that were never given out are strays as well."""
+"""End of the last section: fragments of volumes that were never given out are strays as well."""
 
 _VOLUMES_PER_READ: Final = 5_000
 _IDS_PER_QUERY: Final = 500
@@ -44,8 +44,8 @@ class VolumeRange(NamedTuple):
         return self.last == LAST_VOLUME
 
 
-class ChunkRows(NamedTuple):
-    """Everything SQL says of a chunk."""
+class SectionRows(NamedTuple):
+    """Everything SQL says of a section."""
 
     volumes: list[VolumeView]
     nodes: list[NodeView]
@@ -87,7 +87,7 @@ class Truth(NamedTuple):
 
 
 async def next_range(db: Database, after: int, blocks_max: int) -> VolumeRange:
-    """The next chunk: as many volumes as `blocks_max` rows allow, at least one."""
+    """The next section: as many volumes as `blocks_max` rows allow, at least one."""
 
     def work(connection: Connection) -> VolumeRange:
         query = (
@@ -107,7 +107,7 @@ async def next_range(db: Database, after: int, blocks_max: int) -> VolumeRange:
     return await db.read(work)
 
 
-async def read_chunk(db: Database, part: VolumeRange, settings: VerifierSettings) -> ChunkRows:
+async def read_section(db: Database, part: VolumeRange, settings: VerifierSettings) -> SectionRows:
     """Map first, then rows, then debts: what changes in between only makes suspects, and every
     suspect is looked at again."""
     views, nodes, targets, end = await db.read(lambda connection: _read_map(connection, part))
@@ -124,7 +124,7 @@ async def read_chunk(db: Database, part: VolumeRange, settings: VerifierSettings
             elif row.volume < end:  # else opened since
                 lost.append((VolumeId(row.volume), BlockHash(row.block)))
     owed = await _read_owed(db, part)
-    return ChunkRows(views, nodes, targets, rows, lost, owed)
+    return SectionRows(views, nodes, targets, rows, lost, owed)
 
 
 def read_truth(connection: Connection, keys: Iterable[FragmentKey]) -> Truth:

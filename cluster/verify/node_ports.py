@@ -15,7 +15,7 @@ from cluster.verify.settings import VerifierSettings
 from protocol.clock import Clock
 from protocol.errors import HaversackError, NodeUnavailable, RetryLater
 from protocol.ids import BlockHash, NodeId, VolumeId
-from protocol.messages import InventoryReply
+from protocol.messages import FindingsReply, InventoryReply
 from storage_node.interface import FragmentKey, NodePort, VerifiedRecord
 
 T = TypeVar("T")
@@ -80,6 +80,11 @@ class NodePorts:
     async def verify(self, node: NodeId, keys: Sequence[FragmentKey]) -> list[VerifiedRecord]:
         """Have a node read records.  Raises what its last answer was."""
         return await self._again(node, lambda port: port.verify(keys, self._settings.call_s))
+
+    async def findings(self, node: NodeId, after: FragmentKey | None) -> FindingsReply:
+        """A page of what a node has set aside as bad.  Raises what its last answer was."""
+        page, call_s = self._settings.findings_page, self._settings.call_s
+        return await self._again(node, lambda port: port.findings(after, page, call_s))
 
     async def aclose(self) -> None:
         """Close all connections.  Idempotent."""

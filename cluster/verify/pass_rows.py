@@ -115,7 +115,7 @@ def verification_of(connection: Connection) -> dict[str, Any]:
         return None if row is None else row.to_json()
 
     return {
-        "pass": shown(VERIFY, CELL),
+        "current": shown(VERIFY, CELL),
         "finished": shown(VERIFY, FINISHED),
         "request": shown(VERIFY, REQUEST),
         "removal": shown(REMOVAL, CELL),

@@ -1,12 +1,12 @@
 """The verifier: a pass over the whole cell per period, and whenever somebody asks.
 
-Runs in the process that repairs, under its role.  One step is one chunk; what a pass is about to do
-and what it has found is in SQL after each, so that a restart goes on where it stood and gateways
-show it without asking this process.
+Runs in the process that repairs, under its role.  One step is one section; what a pass is about
+to do and what it has found is in SQL after each, so that a restart goes on where it stood and
+gateways show it without asking this process.
 
-    idle --due, or asked for--> looking --last chunk--> settling --strays old enough--> idle
+    idle --due, or asked for--> looking --last section--> settling --strays old enough--> idle
                                  |   ^                                                  (finished)
-                                 +---+ next chunk
+                                 +---+ next section
 
 A fragment without a row may be a put that is under way.  So strays are counted last, once the
 youngest has had `settle_s` to get its row, against rows that are read anew.
@@ -28,7 +28,6 @@ from cluster.events import CELL as CELL_SUBJECT
 from cluster.events import EventKind, record_event
 from cluster.node_watch import Ports
 from cluster.schema import cell
-from cluster.verify.chunk_pass import ChunkPass, ChunkResult
 from cluster.verify.differences import STRAYS, Difference, Tally
 from cluster.verify.index_scan import VolumeRange, next_range, read_truth
 from cluster.verify.lead import Lead
@@ -46,6 +45,7 @@ from cluster.verify.pass_rows import (
     write_pass,
 )
 from cluster.verify.removal import StrayRemover
+from cluster.verify.section_pass import SectionPass, SectionResult
 from cluster.verify.settings import VerifierSettings
 from cluster.verify.stray_rows import StrayRow, forget_strays, page_strays
 from protocol.clock import Clock
@@ -119,8 +119,8 @@ class _Pass:
             silent={NodeId(node): why for node, why in body["silent_nodes"].items()},
         )
 
-    def add(self, part: VolumeRange, result: ChunkResult) -> None:
-        """A chunk was looked at."""
+    def add(self, part: VolumeRange, result: SectionResult) -> None:
+        """A section was looked at."""
         self.position = part.last
         self.blocks += result.blocks
         self.unlooked += result.unlooked
@@ -173,7 +173,7 @@ class VerifierService:
             return False
 
     async def step(self) -> bool:
-        """One chunk, one removal, or the end of a pass; False if there is nothing to do now.
+        """One section, one removal, or the end of a pass; False if there is nothing to do now.
 
         Raises `NotLeader`, `DatabaseBusy`, `UnknownOutcome`: the same step is due again.
         """
@@ -220,11 +220,11 @@ class VerifierService:
     async def _go_on(self, current: _Pass) -> bool:
         if current.state is PassState.SETTLING:
             return await self._settle(current)
-        part = await next_range(self._lead.db, current.position, self._settings.chunk_blocks_max)
-        chunk = ChunkPass(
+        part = await next_range(self._lead.db, current.position, self._settings.section_blocks_max)
+        section = SectionPass(
             self._lead, self._clock, self._ports, self._settings, current.tally, current.number
         )
-        current.add(part, await chunk.run(part, deep=current.deep))
+        current.add(part, await section.run(part, deep=current.deep))
         await self._lead.write(
             lambda connection: write_pass(connection, VERIFY, CELL, current.row(None))
         )

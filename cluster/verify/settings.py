@@ -25,7 +25,7 @@ class VerifierSettings:
     """A fragment without a row is not called a stray before: twice as long as a put may take
     from its first fragment to its row."""
 
-    chunk_blocks_max: int = 500_000
+    section_blocks_max: int = 500_000
     """Rows of the block index in memory at a time: some 50 MB.  A pass reads the index once for
     each so many blocks."""
 
@@ -38,7 +38,7 @@ class VerifierSettings:
     """For one call to a node: a page of its inventory, or the reading of a batch of records."""
 
     call_attempts: int = 3
-    """Before a node is not looked at in this chunk."""
+    """Before a node is not looked at in this section."""
 
     retry_pause_s: float = 1.0
 
@@ -50,6 +50,11 @@ class VerifierSettings:
 
     deep_bytes_per_s: int = 64 * MIB
     """Read from all disks together by a deep pass: a tenth of what nine slow disks give."""
+
+    findings_s: float = 15.0
+    """Between two questions to a node for what its scrub found."""
+
+    findings_page: int = 1_000
 
     strays_max: int = 1_000_000
     """Rows of the table of strays; more are only counted."""
@@ -69,5 +74,5 @@ class VerifierSettings:
 
     def __post_init__(self) -> None:
         assert 0 < self.settle_s < self.grace_s
-        assert self.chunk_blocks_max >= 1
+        assert self.section_blocks_max >= 1
         assert self.call_attempts >= 1

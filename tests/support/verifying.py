@@ -21,8 +21,8 @@ from protocol.hashing import hash_block
 from protocol.ids import BlockHash, NodeId, VolumeId
 from storage_node.interface import FragmentKey
 
-SETTINGS = VerifierSettings(chunk_blocks_max=4, index_page_rows=3, inventory_page_keys=5)
-"""So small that everything is in pages and chunks."""
+SETTINGS = VerifierSettings(section_blocks_max=4, index_page_rows=3, inventory_page_keys=5)
+"""So small that everything is in pages and sections."""
 
 
 class Verifying:

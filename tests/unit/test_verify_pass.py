@@ -223,7 +223,7 @@ def test_a_put_under_way_is_no_orphan_and_a_block_that_is_recorded_later_is_none
         verifying.ask()
         while await verifying.service.step():
             pass
-        assert verifying.report()["pass"]["state"] == "settling"
+        assert verifying.report()["current"]["state"] == "settling"
         assert len(verifying.strays()) == 9, "seen, and kept back"
         cell.give_row(values)
         await cell.clock.sleep(120)
@@ -289,9 +289,9 @@ def test_a_pass_goes_on_after_a_restart_where_it_stood() -> None:
                 await cell.clock.sleep(10.0)
             steps += 1
         report = verifying.report()["finished"]
-        assert steps > 3, "several chunks"
+        assert steps > 3, "several sections"
         assert counts(report) == {"missing": 1}
-        assert report["blocks"] == len(DATA), "no chunk was looked at twice, none left out"
+        assert report["blocks"] == len(DATA), "no section was looked at twice, none left out"
         assert report["number"] == 1
 
     on_full_cell(main)
@@ -306,7 +306,7 @@ def test_a_pass_is_due_once_a_period() -> None:
         assert not await verifying.service.step()
         await cell.clock.sleep(60)
         assert await verifying.service.step()
-        assert verifying.report()["pass"]["number"] == 2
+        assert verifying.report()["current"]["number"] == 2
 
     on_full_cell(main)
 

@@ -1,4 +1,4 @@
-"""`ChunkIndex` against a model of sets: whatever index, holders and inventories there are."""
+"""`SectionIndex` against a model of sets: whatever index, holders and inventories there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.topology import VolumeState, VolumeView
-from cluster.verify.chunk_index import ChunkIndex, IndexRow
+from cluster.verify.section_index import IndexRow, SectionIndex
 from erasure.fragment import FRAGMENT_HEADER_BYTES
 from erasure.scheme import Scheme
 from protocol.ids import BlockHash, NodeId, VolumeId
@@ -89,7 +89,7 @@ def test_every_difference_is_found_and_no_other(
         slots = views[key.volume].slots
         return slots[key.slot] if key.slot < len(slots) else "no slot"
 
-    index = ChunkIndex(volumes, NODES, rows)
+    index = SectionIndex(volumes, NODES, rows)
     index.excuse([(key.volume, key.slot, bytes(key.block)) for key in owed])
     looked = NODES[:4]
     strays, wrong = [], set()

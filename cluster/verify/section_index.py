@@ -1,4 +1,4 @@
-"""One chunk of the block index in memory, and the merge with what nodes say they hold.
+"""One section of the block index in memory, and the merge with what nodes say they hold.
 
 The heart of a pass: pure, no SQL, no ports.  Millions of keys go through it, so it works on whole
 pages with numpy; only what differs becomes an object.
@@ -32,7 +32,7 @@ _OUTSIDE: Final = FRAGMENTS_PER_STRIPE_MAX
 
 
 class IndexRow(NamedTuple):
-    """What the chunk needs of a row of `blocks`."""
+    """What the section needs of a row of `blocks`."""
 
     volume: int
     block: bytes
@@ -47,7 +47,7 @@ class Stray(NamedTuple):
     key: FragmentKey
     length: int
     row: int
-    """Position of its block in the chunk; -1 for an orphan."""
+    """Position of its block in the section; -1 for an orphan."""
 
 
 class PageMatch(NamedTuple):
@@ -57,7 +57,7 @@ class PageMatch(NamedTuple):
     wrong_lengths: list[FragmentKey]
 
 
-class ChunkIndex:
+class SectionIndex:
     """Live rows of some volumes in (volume, block) order, and which of their slots were seen."""
 
     def __init__(
@@ -99,7 +99,7 @@ class ChunkIndex:
         return table
 
     def __len__(self) -> int:
-        """Blocks of the chunk."""
+        """Blocks of the section."""
         return len(self._names)
 
     def excuse(self, owed: Iterable[tuple[int, int, bytes]]) -> None:

@@ -1,7 +1,7 @@
-"""One chunk of a pass: read the index, page every node's inventory, compare, look again.
+"""One section of a pass: read the index, page every node's inventory, compare, look again.
 
-1. `read_chunk`: rows, volumes, slots, moves and debts of a range of volumes
-2. each node's inventory of that range, page by page, into the `ChunkIndex`
+1. `read_section`: rows, volumes, slots, moves and debts of a range of volumes
+2. each node's inventory of that range, page by page, into the `SectionIndex`
 3. what the index has and no node showed: suspects, looked at again by `Confirmer`
 4. what nodes showed and the index does not have: rows of the table of strays
 5. deep: every stripe is read on its nodes and compared
@@ -16,12 +16,12 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from cluster.verify.chunk_index import ChunkIndex, Stray
 from cluster.verify.confirm import Confirmer
 from cluster.verify.differences import Difference, Suspect, Tally
-from cluster.verify.index_scan import ChunkRows, VolumeRange, read_chunk, read_truth
+from cluster.verify.index_scan import SectionRows, VolumeRange, read_section, read_truth
 from cluster.verify.lead import Lead
 from cluster.verify.node_ports import NodePorts, reason_of
+from cluster.verify.section_index import SectionIndex, Stray
 from cluster.verify.settings import VerifierSettings
 from cluster.verify.stray_rows import StrayRow, count_strays, forget_unseen, save_strays
 from protocol.clock import Clock
@@ -36,8 +36,8 @@ NODES_AT_ONCE = 4
 
 
 @dataclass(slots=True)
-class ChunkResult:
-    """What a chunk adds to its pass, besides the tally."""
+class SectionResult:
+    """What a section adds to its pass, besides the tally."""
 
     blocks: int = 0
     unlooked: int = 0
@@ -47,8 +47,8 @@ class ChunkResult:
     strays_left_off: int = 0
 
 
-class ChunkPass:
-    """Chunks of one pass.  One event loop."""
+class SectionPass:
+    """Sections of one pass.  One event loop."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class ChunkPass:
         self._number = number
         self._confirmer = Confirmer(lead, clock, ports, tally)
 
-    async def run(self, part: VolumeRange, *, deep: bool) -> ChunkResult:
+    async def run(self, part: VolumeRange, *, deep: bool) -> SectionResult:
         """Look at one range.  Raises `NotLeader`, `DatabaseBusy`, `UnknownOutcome`."""
-        rows = await read_chunk(self._lead.db, part, self._settings)
+        rows = await read_section(self._lead.db, part, self._settings)
         await self._ports.adopt(rows.nodes)
         names = [node.node_id for node in rows.nodes]
-        index = ChunkIndex(rows.volumes, names, rows.rows, rows.targets)
+        index = SectionIndex(rows.volumes, names, rows.rows, rows.targets)
         index.excuse(rows.owed)
-        result = ChunkResult(blocks=len(index))
+        result = SectionResult(blocks=len(index))
         strays, wrong = await self._look(part, index, names, result)
         looked = [node for node in names if node not in result.silent]
         result.unlooked = index.unlooked(looked)
@@ -93,7 +93,7 @@ class ChunkPass:
     # -- steps 2 to 5 --------------------------------------------------------------------------
 
     async def _look(
-        self, part: VolumeRange, index: ChunkIndex, nodes: Sequence[NodeId], result: ChunkResult
+        self, part: VolumeRange, index: SectionIndex, nodes: Sequence[NodeId], result: SectionResult
     ) -> tuple[list[Stray], list[Suspect]]:
         """Page every node; a few at a time."""
         turns = asyncio.Semaphore(NODES_AT_ONCE)
@@ -117,7 +117,7 @@ class ChunkPass:
                 tasks.create_task(look(node))
         return strays, wrong
 
-    async def _count_lost_rows(self, rows: ChunkRows) -> None:
+    async def _count_lost_rows(self, rows: SectionRows) -> None:
         """Rows without a volume, if they are still there."""
         for batch in _batches(rows.lost_rows, self._settings.confirm_batch):
             keys = [FragmentKey(volume, block, 0) for volume, block in batch]
@@ -130,10 +130,10 @@ class ChunkPass:
     async def _save(
         self,
         part: VolumeRange,
-        index: ChunkIndex,
+        index: SectionIndex,
         strays: Sequence[Stray],
         looked: Sequence[NodeId],
-        result: ChunkResult,
+        result: SectionResult,
     ) -> None:
         """Strays that this pass saw; then forget those that it should have seen and did not."""
         now = self._clock.wall()
@@ -156,15 +156,15 @@ class ChunkPass:
                 )
             )
 
-    def _row(self, index: ChunkIndex, stray: Stray, now: float) -> StrayRow:
+    def _row(self, index: SectionIndex, stray: Stray, now: float) -> StrayRow:
         if stray.row < 0:
             kind = Difference.ORPHAN
         else:
             kind = Difference.STALE if index.has(stray) else Difference.MISPLACED
         return StrayRow(stray.node, stray.key, kind, stray.length, now, self._number, None)
 
-    async def _read_stripes(self, index: ChunkIndex) -> None:
-        """Every record of the chunk, at a bounded rate."""
+    async def _read_stripes(self, index: SectionIndex) -> None:
+        """Every record of the section, at a bounded rate."""
         step = self._settings.deep_blocks
         for start in range(0, len(index), step):
             stripes = index.blocks(start, start + step)
