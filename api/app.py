@@ -19,6 +19,7 @@ from api.authentication import Authenticator
 from api.authority import Authority
 from api.batch_routes import BatchRoutes
 from api.block_routes import BlockRoutes
+from api.change_routes import ChangeRoutes
 from api.gate import Gate
 from api.metadata_routes import MetadataRoutes
 from api.openapi import with_token
@@ -85,12 +86,14 @@ class GatewayApp(FastAPI):
         )
         tree = MetadataRoutes(services.tree, authority, services.run)
         verify = VerifyRoutes(services.verification)
+        changes = ChangeRoutes(services.changes)
         return [
             *blocks.routes(),
             *batches.routes(),
             *tree.routes(),
             *system.routes(),
             *verify.routes(),
+            *changes.routes(),
         ]
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -26,6 +26,7 @@ from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import BlockIndex
 from cluster.cell import open_cell
+from cluster.change.desk import ChangeDesk
 from cluster.node_pool import NodePool
 from cluster.status import read_status
 from cluster.topology import SERVES_READS, NodeView
@@ -66,6 +67,7 @@ class Services:
     """Body of `/v1/admin/status`."""
     verification: Verification
     readiness: Callable[[], Awaitable[Readiness]]
+    changes: ChangeDesk
     run: Run
     metrics: Metrics = field(default_factory=Metrics)
     version: str = "0"
@@ -157,6 +159,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             blocks=blocks,
             status=status,
             verification=Verification(cell_db, clock),
+            changes=ChangeDesk(cell_db, clock, run, settings.data, settings.node_capacity_bytes),
             readiness=ReadinessProbe(databases, volume_map, cell.schemes, clock).ask,
             run=run,
             metrics=metrics,

@@ -113,6 +113,7 @@ def _application(name: str) -> Any:
             status=instant,
             verification=instant,
             readiness=instant,
+            changes=instant,
             run=run,
         )
     )

@@ -12,8 +12,11 @@ from typing import Annotated
 
 import typer
 
+from cli import change, nodes
 from cli.connection import ServerOptions
 from cli.failures import Exit, report_failure
+from cli.options import Config, DryRun, Json, Quiet, Server, TokenFile
+from cli.options import server_options as _server
 from protocol.errors import ConfigInvalid, HaversackError
 
 app = typer.Typer(
@@ -25,26 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Server = Annotated[
-    str | None,
-    typer.Option("--server", help="Address of the cell [HAVERSACK_SERVER; http://127.0.0.1:8420]."),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file", help="File with the token [HAVERSACK_TOKEN_FILE; DATA/admin.token]."
-    ),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="Settings file [HAVERSACK_CONFIG; ./haversack.toml]."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", "-n", help="Say what would be transferred, and stop.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-
 
 @app.callback()
 def common(
@@ -55,12 +38,6 @@ def common(
 ) -> None:
     """Options for the commands that speak to a cell; each of them takes them as well."""
     context.obj = ServerOptions(server, token_file, config)
-
-
-def _server(context: typer.Context, server: str | None, token_file: Path | None) -> ServerOptions:
-    common_options = context.obj
-    assert isinstance(common_options, ServerOptions)
-    return ServerOptions(server, token_file).over(common_options)
 
 
 @app.command()
@@ -256,6 +233,10 @@ def demo(
     from cli import demo as demonstration
 
     raise typer.Exit(demonstration.run(tree, nodes, scheme, lose))
+
+
+nodes.register(app)
+change.register(app)
 
 
 def main() -> None:

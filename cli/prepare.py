@@ -27,14 +27,13 @@ from cluster.cell import (
     open_cell,
     prepare_schema,
 )
-from cluster.controller_plan import ControllerPlan, PlannedNode, write_plan
-from cluster.topology import NodeState
+from cluster.members import RACK, format_directory, write_controller_plan
 from erasure.scheme import Scheme
 from metadata.accounts import Accounts
 from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
-from protocol.errors import ConfigInvalid, DirectoryForeign, HaversackError
+from protocol.errors import ConfigInvalid, HaversackError
 from protocol.ids import NodeId
 from sql.database import Database
 from sql.engine import sqlite_url
@@ -60,7 +59,7 @@ def prepare(settings: Settings) -> None:
         cell = _cell(database, settings)
         _nodes(database, cell, settings)
         mark_stopped(database, SystemClock())
-        _plan(database, settings)
+        write_controller_plan(database, settings.data, settings.node_capacity_bytes)
     finally:
         database.close()
     asyncio.run(_admin(settings))
@@ -115,43 +114,17 @@ def _nodes(database: Database, cell: Cell, settings: Settings) -> None:
         add_nodes(database, SystemClock(), specs)
 
 
-def _plan(database: Database, settings: Settings) -> None:
-    """Tell the controller what to start."""
-    cell = open_cell(database)
-    assert cell is not None
-    members = [node for node in cell.nodes if node.state is not NodeState.GONE]
-    nodes = tuple(PlannedNode(str(node.node_id), node.directory) for node in members)
-    write_plan(settings.data, ControllerPlan(cell.cluster_id, settings.node_capacity_bytes, nodes))
-
-
 def _format(settings: Settings, cell: Cell, node_id: NodeId) -> NodeSpec:
     directory = settings.data / "nodes" / node_id
     label = settings.node_labels.get(node_id)
-    fresh = identity.Identity(cell.cluster_id, node_id, uuid.uuid4().hex)
-    try:
-        identity.initialise(directory, fresh)
-    except DirectoryForeign:
-        fresh = _interrupted(directory, cell, node_id)
     return NodeSpec(
         node_id=node_id,
-        store_id=fresh.store_id,
+        store_id=format_directory(directory, cell.cluster_id, node_id),
         directory=str(directory),
         host=(label.host if label else "") or socket.gethostname(),
-        rack=(label.rack if label else "") or "rack-1",
+        rack=(label.rack if label else "") or RACK,
         weight=label.weight if label else 1.0,
     )
-
-
-def _interrupted(directory: Path, cell: Cell, node_id: NodeId) -> identity.Identity:
-    """A directory that a killed `prepare` formatted and that no row names yet: ours, and unused."""
-    found = identity.load(directory)
-    ours = (found.cluster_id, found.node_id) == (cell.cluster_id, node_id)
-    if not ours or not identity.is_fresh(directory):
-        raise DirectoryForeign(
-            f"{directory} is not empty and not a fresh directory of {node_id}: move it away",
-            {"directory": str(directory)},
-        )
-    return found
 
 
 async def _admin(settings: Settings) -> None:

@@ -401,6 +401,18 @@ class HaversackClient:
             return False
         return True
 
+    async def ask_admin(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One call below /v1/admin, for administrators: its JSON answer.
+
+        A change is sent once: if its answer is lost, `UnknownOutcome` says so.
+        """
+        lost = LostReply.REPEAT if method == "GET" else LostReply.TELL
+        sent = None if body is None else [orjson.dumps(body)]
+        call = Call(method, f"/v1/admin/{path}", lost, body=sent)
+        return await self._transport.call(call, lambda reply: json_object(reply, path))
+
     # ------------------------------------------------------------------ plumbing
 
     async def _get_json(self, path: str) -> dict[str, Any]:

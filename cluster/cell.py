@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, update
 
 from cluster import map_rows
 from cluster.events import EventKind, record_event
@@ -52,6 +52,8 @@ class Cell:
     scheme: Scheme
     created: float
     nodes: tuple[NodeView, ...]
+    created_scheme: Scheme
+    """What it was created with: `--scheme` may go on naming it after a change of scheme."""
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -83,6 +85,7 @@ def create_cell(
                 id=1,
                 cluster_id=cluster_id,
                 scheme=scheme.name,
+                created_scheme=scheme.name,
                 format=CELL_FORMAT,
                 fingerprint=fingerprint(cluster_id, scheme),
                 created=now,
@@ -101,7 +104,8 @@ def open_cell(db: Database, scheme: Scheme | None = None) -> Cell | None:
     """The cell of a prepared database, or None if none was created yet.
 
     Raises `FormatUnsupported` for a cell of a newer version, and `ConfigInvalid` if `scheme` is
-    given and is not the cell's, or if the row contradicts its fingerprint.
+    given and is neither the cell's nor the one it was created with, or if the row contradicts its
+    fingerprint.
     """
 
     def work(connection: Connection) -> Cell | None:
@@ -121,16 +125,35 @@ def open_cell(db: Database, scheme: Scheme | None = None) -> Cell | None:
                 "edited: start the version that made it",
                 {"fingerprint": row.fingerprint},
             )
-        if scheme is not None and scheme != stored:
+        first = Scheme.parse(row.created_scheme or row.scheme)
+        if scheme is not None and scheme not in (stored, first):
             raise ConfigInvalid(
-                f"this cell was created with {stored}, not {scheme}: start it without a scheme, "
-                "or use another data directory",
+                f"this cell was created with {first}, not {scheme}: start it without a scheme, use "
+                "another data directory, or change it with haversack transcode",
                 {"cell": stored.name, "given": scheme.name},
             )
         nodes = tuple(map_rows.read_nodes(connection))
-        return Cell(row.cluster_id, stored, row.created, nodes)
+        return Cell(row.cluster_id, stored, row.created, nodes, first)
 
     return db.read_now(work)
+
+
+def set_scheme(connection: Connection, scheme: Scheme) -> None:
+    """What new large blocks get from now on; blocks that are there stay in the scheme they have.
+
+    The fingerprint is over the scheme, so it changes too.  Gateways and the placement service
+    find out by the map version.
+    """
+    cluster_id = connection.execute(select(cell.c.cluster_id)).scalar_one()
+    connection.execute(
+        update(cell).values(scheme=scheme.name, fingerprint=fingerprint(cluster_id, scheme))
+    )
+    map_rows.next_version(connection)
+
+
+def read_scheme(connection: Connection) -> Scheme:
+    """What new large blocks get."""
+    return Scheme.parse(connection.execute(select(cell.c.scheme)).scalar_one())
 
 
 def add_nodes(db: Database, clock: Clock, specs: Sequence[NodeSpec]) -> None:

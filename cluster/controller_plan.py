@@ -1,4 +1,4 @@
-"""What the controller starts: written by `cli.prepare`, read by `cluster.supervisor`.
+"""What the controller runs: written by `cluster.members`, read by `cluster.supervisor`.
 
 A file rather than a query, because a process that loads SQL and settings to read nine rows once
 keeps 25 MB for the life of the cell.
@@ -7,6 +7,7 @@ keeps 25 MB for the life of the cell.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,14 +32,17 @@ class ControllerPlan:
 
 
 def write_plan(data: Path, plan: ControllerPlan) -> None:
-    """Replace the plan of a data directory; written anew at every start."""
-    partial = data / (PLAN_FILE + ".new")
+    """Replace the plan of a data directory: at every start, and when a node comes or goes.
+
+    Gateways and the repair service may write at the same time, each from the table.
+    """
+    partial = data / f"{PLAN_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
     partial.rename(data / PLAN_FILE)
 
 
 def read_plan(data: Path) -> ControllerPlan:
-    """The plan that the last `prepare` wrote."""
+    """The plan as it was written last."""
     plan = json.loads((data / PLAN_FILE).read_text(encoding="utf-8"))
     nodes = tuple(PlannedNode(**node) for node in plan["nodes"])
     return ControllerPlan(plan["cluster_id"], plan["node_capacity_bytes"], nodes)

@@ -200,6 +200,11 @@ def read_volumes(connection: Connection, volume_ids: Iterable[VolumeId]) -> list
     return found
 
 
+def read_all_volumes(connection: Connection) -> list[VolumeView]:
+    """Every volume in id order, for planners: some 10 us a slot."""
+    return _volume_views(connection, _volumes_with_slots())
+
+
 def changed_volumes(connection: Connection, changed_after: int) -> list[VolumeId]:
     """Volumes whose state, epoch or slots changed after a version."""
     query = select(volumes.c.volume_id).where(volumes.c.changed > changed_after)
@@ -295,9 +300,12 @@ def _volume_views(connection: Connection, query: Select[Any]) -> list[VolumeView
     """Fold rows of (volume, slot) into views; every volume has all of its n slot rows."""
     found: list[VolumeView] = []
     slots: list[NodeId | None] = []
+    schemes: dict[str, Scheme] = {}
     for row in connection.execute(query):
         slots.append(None if row.node_id is None else NodeId(row.node_id))
-        scheme = Scheme.parse(row.scheme)
+        scheme = schemes.get(row.scheme)
+        if scheme is None:
+            scheme = schemes[row.scheme] = Scheme.parse(row.scheme)
         if len(slots) < scheme.n:
             continue
         found.append(

@@ -52,6 +52,8 @@ cell = Table(
     Column("format", Integer, nullable=False),
     Column("fingerprint", String, nullable=False),
     Column("created", Float, nullable=False),
+    # Null in cells that were made before schemes could change: they still have the first one.
+    Column("created_scheme", String, nullable=True),
 )
 
 map_version = Table(

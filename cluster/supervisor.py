@@ -1,8 +1,9 @@
 """The controller of a one-machine cell: the only Ray driver (`python -m cluster.supervisor`).
 
 Started and restarted by `haversack up`.  Walk: start Ray, end the Ray services that a cell does
-not need, create the placement actor and one storage-node actor per node row of `cell.db`, watch
-Ray's own processes, stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or
+not need, create the placement actor and one storage-node actor per member of the plan file, watch
+Ray's own processes, start and stop the actors of nodes that come and go (the plan file changes),
+stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or
 raylet dies this process ends, and `haversack up` starts it again: the cold start from SQL and
 disks is the ordinary start.
 """
@@ -16,15 +17,16 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
 
 from cluster.actor import remote_placement
-from cluster.controller_plan import ControllerPlan, read_plan
+from cluster.controller_plan import ControllerPlan, PlannedNode, read_plan
 from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME
 from protocol.allocator import release_free_memory
 from protocol.ids import NodeId
@@ -48,6 +50,15 @@ VITAL_SERVICES = ("gcs_server", "raylet")
 SESSION_PREFIX = "haversack-ray-"
 
 
+class _Leaving(NamedTuple):
+    """A storage node that was told to stop, and is killed if it takes longer than `until`."""
+
+    name: str
+    actor: Any
+    call: Any
+    until: float
+
+
 class Supervisor:
     """Everything below Ray, in the order it starts and the reverse order it stops."""
 
@@ -57,7 +68,8 @@ class Supervisor:
         self._stopping = threading.Event()
         self._session = new_session(data / "ray.session")
         self._placement: Any = None
-        self._nodes: list[Any] = []
+        self._nodes: dict[str, Any] = {}
+        self._leaving: list[_Leaving] = []
 
     def start(self) -> None:
         """Start Ray and all actors; returns before they have opened their disks."""
@@ -75,25 +87,52 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._on_signal)
         end_unused_services()
         self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(self._data))
-        for node in self._node_configs():
-            self._nodes.append(remote_storage_node().options(name=str(node.node_id)).remote(node))
+        for node in self._plan.nodes:
+            self._start_node(node)
         release_free_memory()
 
-    def _node_configs(self) -> list[NodeConfig]:
-        return [
-            NodeConfig(
-                node_id=NodeId.parse(node.node_id),
-                directory=node.directory,
-                cluster_id=self._plan.cluster_id,
-                secret_file=str(self._data / "cluster.secret"),
-                bind_host="127.0.0.1",
-                capacity_bytes=self._plan.node_capacity_bytes,
-                namespace=NAMESPACE,
-                registrar=PLACEMENT_NAME,
-                log_file=str(self._data / "logs" / f"{node.node_id}.log"),
-            )
-            for node in self._plan.nodes
-        ]
+    def _start_node(self, node: PlannedNode) -> None:
+        config = NodeConfig(
+            node_id=NodeId.parse(node.node_id),
+            directory=node.directory,
+            cluster_id=self._plan.cluster_id,
+            secret_file=str(self._data / "cluster.secret"),
+            bind_host="127.0.0.1",
+            capacity_bytes=self._plan.node_capacity_bytes,
+            namespace=NAMESPACE,
+            registrar=PLACEMENT_NAME,
+            log_file=str(self._data / "logs" / f"{node.node_id}.log"),
+        )
+        actor = remote_storage_node().options(name=node.node_id).remote(config)
+        self._nodes[node.node_id] = actor
+
+    def _follow_plan(self) -> None:
+        """Start the actors of nodes that were added, stop those of nodes that were removed."""
+        try:
+            plan = read_plan(self._data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.error("the controller's plan cannot be read: %s", error)
+            return
+        if plan == self._plan:
+            return
+        self._plan = plan
+        members = {node.node_id: node for node in plan.nodes}
+        for name in [name for name in self._nodes if name not in members]:
+            log.warning("%s left the cell: its actor stops", name)
+            actor = self._nodes.pop(name)
+            until = time.monotonic() + STOP_NODE_S
+            self._leaving.append(_Leaving(name, actor, actor.stop.remote(), until))
+        for name in [name for name in members if name not in self._nodes]:
+            log.warning("%s joins the cell: its actor starts", name)
+            self._start_node(members[name])
+
+    def _see_off(self) -> None:
+        """Actors that were told to stop: once they have answered or are late, they are ended."""
+        for leaving in list(self._leaving):
+            done, _ = ray.wait([leaving.call], timeout=0)
+            if done or time.monotonic() >= leaving.until:
+                ray.kill(leaving.actor, no_restart=True)
+                self._leaving.remove(leaving)
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._stopping.set()
@@ -106,11 +145,13 @@ class Supervisor:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     log.error("Ray's process %d has ended", process.pid)
                     return False
+            self._follow_plan()
+            self._see_off()
         return True
 
     def stop(self) -> None:
         """Close every store, then Ray.  Whatever does not answer in time is killed with Ray."""
-        calls = [node.stop.remote() for node in self._nodes]
+        calls = [node.stop.remote() for node in self._nodes.values()]
         _, late = ray.wait(calls, num_returns=len(calls), timeout=STOP_NODE_S)
         if late:
             log.warning("%d storage nodes did not close in time", len(late))

@@ -21,6 +21,7 @@ def upgrade() -> None:
         "debts",
         sa.Column("reason", sa.String, nullable=False, server_default=sa.text("'not written'")),
     )
+    op.add_column("cell", sa.Column("created_scheme", sa.String, nullable=True))
     _create_repair()
     _create_verification()
     _create_operations()
