@@ -67,12 +67,14 @@ class GatewayApp(FastAPI):
             authority,
             services.metrics.blocks,
             services.run,
+            services.sample,
         )
         batches = BatchRoutes(
             services.blocks,
             authority,
             services.metrics.blocks,
             services.run,
+            services.sample,
         )
         system = SystemRoutes(
             status=services.status,
@@ -102,7 +104,7 @@ class GatewayApp(FastAPI):
         return Gate(
             self.router,
             self.api_routes,
-            authenticator=Authenticator(services.accounts, services.clock),
+            authenticator=Authenticator(services.accounts, services.clock, services.watcher_token),
             turns=self._turns,
             uploads=ByteBudget("uploads", settings.body_bytes_max, settings.queue_wait_s),
             downloads=ByteBudget("downloads", settings.body_bytes_max, settings.queue_wait_s),

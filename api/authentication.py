@@ -15,6 +15,10 @@ from metadata.accounts import Account, Accounts
 from protocol.clock import Clock
 from protocol.errors import Forbidden, Unauthenticated
 
+WATCHER: Final = Account(-1, "watcher", False, -1)
+"""The watcher of this very process: may read any block and nothing else.  It has no row, and its
+token is drawn at the start of the process and never leaves it."""
+
 REMEMBERED_S: Final = 5.0
 """A revoked token works for at most this long."""
 
@@ -26,15 +30,21 @@ FIELD_BYTES_MAX: Final = 512
 class Authenticator:
     """From the `Authorization` field to the account.  One event loop."""
 
-    def __init__(self, accounts: Accounts, clock: Clock) -> None:
+    def __init__(self, accounts: Accounts, clock: Clock, watcher_token: str | None = None) -> None:
+        """`watcher_token`: the secret by which this process's own watcher is known."""
         self._accounts = accounts
         self._clock = clock
+        self._watcher: bytes | None = None
+        if watcher_token is not None:
+            self._watcher = hashlib.sha256(watcher_token.encode("ascii")).digest()
         self._known: dict[bytes, tuple[float, Account]] = {}
 
     async def account(self, field: bytes | None) -> Account:
         """The account that a request speaks for.  Raises `Unauthenticated`."""
         token = _bearer_token(field)
         digest = hashlib.sha256(token).digest()
+        if digest == self._watcher:
+            return WATCHER
         now = self._clock.monotonic()
         known = self._known.get(digest)
         if known is not None and known[0] > now:
@@ -55,6 +65,12 @@ def require_admin(account: Account) -> None:
     """Raises `Forbidden` for anybody else."""
     if not account.is_admin:
         raise Forbidden("this needs the token of an administrator")
+
+
+def refuse_watcher(account: Account) -> None:
+    """Raises `Forbidden` for the watcher: this is not the reading of a block."""
+    if account is WATCHER:
+        raise Forbidden("the watcher reads blocks and nothing else")
 
 
 def _bearer_token(field: bytes | None) -> bytes:

@@ -23,6 +23,7 @@ from api.hash_lists import parse_hashes
 from api.metrics import BlockMetrics
 from api.openapi import FRAMES, ErrorDetail, binary, binary_body
 from api.routing import Route
+from api.watcher import WatchSample
 from cluster.block_client import BlockClient
 from protocol.block_frames import (
     FRAME_HEADER_BYTES,
@@ -82,8 +83,10 @@ class BatchRoutes:
         authority: Authority,
         metrics: BlockMetrics,
         run: Run,
+        sample: WatchSample,
     ) -> None:
         self._blocks = blocks
+        self._sample = sample
         self._authority = authority
         self._metrics = metrics
         self._run = run
@@ -124,6 +127,8 @@ class BatchRoutes:
         for index, item in enumerate(received):
             outcome = next(stored) if item.error is None else item.error
             self._metrics.put(outcome, len(item.data))
+            if not isinstance(outcome, HaversackError) and outcome.new:
+                self._sample.notice(item.block)
             if isinstance(outcome, HaversackError):
                 results.append("error")
                 errors.append(

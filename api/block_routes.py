@@ -33,6 +33,7 @@ from api.metrics import BlockMetrics
 from api.openapi import HASH_PARAMETER, binary, binary_body, header
 from api.ranges import cut_pieces, etag_of, matches_none, parse_range, range_applies
 from api.routing import Route
+from api.watcher import WatchSample
 from cluster.block_client import BlockClient
 from cluster.block_index import BlockIndex
 from protocol.errors import BlockNotFound, BlockTooLarge, HashMismatch, HaversackError
@@ -81,8 +82,10 @@ class BlockRoutes:
         authority: Authority,
         metrics: BlockMetrics,
         run: Run,
+        sample: WatchSample,
     ) -> None:
         self._blocks = blocks
+        self._sample = sample
         self._index = index
         self._authority = authority
         self._metrics = metrics
@@ -131,6 +134,7 @@ class BlockRoutes:
                     "block_unreadable",
                 ),
                 openapi_extra={"parameters": [HASH_PARAMETER, ranged, conditional]},
+                reads_block=True,
             ),
             Route(
                 "HEAD",
@@ -171,6 +175,8 @@ class BlockRoutes:
             self._metrics.put(error, length)
             raise
         self._metrics.put(result, length)
+        if result.new:
+            self._sample.notice(block)
         new = b"true" if result.new else b"false"
         body = b'{"hash":"%b","new":%b,"length":%d}' % (call.argument.encode(), new, length)
         return json_bytes(body, 201 if result.new else 200)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.access_log import AccessLog
 from api.answers import error_answer
-from api.authentication import Authenticator, require_admin
+from api.authentication import Authenticator, refuse_watcher, require_admin
 from api.call import Access, Call, PeerGone
 from api.metrics import NO_ROUTE, HttpMetrics
 from api.routing import Route, RouteTable
@@ -122,6 +122,8 @@ class Gate:
     async def _admit(self, call: Call, route: Route) -> None:
         """Raises `Unauthenticated` or `Forbidden`."""
         call.account = await self._authenticator.account(call.field(b"authorization"))
+        if not route.reads_block:
+            refuse_watcher(call.account)
         if route.access is Access.ADMIN:
             require_admin(call.account)
 

@@ -28,7 +28,9 @@ import uvloop
 
 from api.app import create_app
 from api.http_listener import Listener, Patience
-from api.services import open_services
+from api.services import Services, open_services
+from api.watcher import WATCH_POLICY, Watcher
+from client.api import HaversackClient
 from protocol.allocator import (
     release_free_memory,
     reuse_large_buffers,
@@ -163,19 +165,33 @@ async def serve(settings: Settings) -> None:
         running = loop.create_task(server.serve(sockets=[listening]))
         while not server.started and not running.done():  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.005)
-        path = settings.data / "gateway.json"
+        path, url = settings.data / "gateway.json", url_of(listening)
         if server.started:
             release_free_memory()
-            url = url_of(listening)
             announce(path, url)
             log.info("serving", url=url, pid=os.getpid())
-        trimming = loop.create_task(trim_when_idle(server))
+        beside = [loop.create_task(trim_when_idle(server)), loop.create_task(watch(services, url))]
         try:
             await running
         finally:
-            trimming.cancel()
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
             withdraw(path)
     log.info("stopped", pid=os.getpid())
+
+
+async def watch(services: Services, url: str) -> None:
+    """Read acknowledged blocks again through this gateway's own API.  Runs until cancelled."""
+    async with HaversackClient(url, services.watcher_token, policy=WATCH_POLICY) as client:
+        watcher = Watcher(
+            services.cell_db,
+            services.clock,
+            services.sample,
+            client.get_block,
+            services.metrics.watch.looked,
+        )
+        await watcher.run()
 
 
 async def trim_when_idle(server: uvicorn.Server) -> None:

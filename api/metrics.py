@@ -133,6 +133,22 @@ class BlockMetrics:
         self._problems.labels(problem.kind.value).inc()
 
 
+class WatchMetrics:
+    """What this gateway's watcher read again."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._looks = Counter(
+            "haversack_watch_looks",
+            "Acknowledged blocks read again through the API, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
+
+    def looked(self, outcome: str) -> None:
+        """Count one look."""
+        self._looks.labels(outcome).inc()
+
+
 class CellMetrics:
     """The cell as this gateway's map and the databases show it, set when metrics are asked for."""
 
@@ -171,6 +187,7 @@ class Metrics:
         self.http = HttpMetrics(self.registry)
         self.blocks = BlockMetrics(self.registry)
         self.cell = CellMetrics(self.registry)
+        self.watch = WatchMetrics(self.registry)
 
     def expose(self) -> bytes:
         """The text format, version 0.0.4."""

@@ -45,7 +45,10 @@ class Route(APIRoute):
         problems: Sequence[str] = (),
         responses: Mapping[int, Mapping[str, Any]],
         openapi_extra: Mapping[str, Any] | None = None,
+        reads_block: bool = False,
     ) -> None:
+        """`reads_block`: it gives one block's bytes and nothing else, so that the watcher may call
+        it."""
         extra = dict(openapi_extra or {})
         if access is Access.PUBLIC:
             extra["security"] = []
@@ -67,6 +70,7 @@ class Route(APIRoute):
         )
         self.method = method
         self.access = access
+        self.reads_block = reads_block
         self._model, self._in_query = _parameter_of(endpoint)
 
     async def answer(self, call: Call) -> Answer:

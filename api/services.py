@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import random
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any, Final
 from api.bodies import Run
 from api.metrics import Metrics
 from api.readiness import Readiness, ReadinessProbe
+from api.watcher import WatchSample
 from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import BlockIndex
@@ -69,6 +71,11 @@ class Services:
     readiness: Callable[[], Awaitable[Readiness]]
     changes: ChangeDesk
     run: Run
+    cell_db: Database
+    sample: WatchSample
+    """Of new blocks, for the watcher."""
+    watcher_token: str
+    """Secret of this process."""
     metrics: Metrics = field(default_factory=Metrics)
     version: str = "0"
 
@@ -162,6 +169,9 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             changes=ChangeDesk(cell_db, clock, run, settings.data, settings.node_capacity_bytes),
             readiness=ReadinessProbe(databases, volume_map, cell.schemes, clock).ask,
             run=run,
+            cell_db=cell_db,
+            sample=WatchSample(rng, settings.watch_share),
+            watcher_token=secrets.token_urlsafe(32),
             metrics=metrics,
             version=version,
         )

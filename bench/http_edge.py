@@ -18,6 +18,7 @@ import asyncio
 import hashlib
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from api.app import create_app
 from api.gateway import bind
 from api.http_listener import Listener, Patience
 from api.services import Services
+from api.watcher import WatchSample
 from bench.connection import LoadConnection
 from cluster.block_client_settings import PutResult
 from metadata.accounts import Account
@@ -115,6 +117,9 @@ def _application(name: str) -> Any:
             readiness=instant,
             changes=instant,
             run=run,
+            cell_db=instant,
+            sample=WatchSample(random.Random(1), 0.0),
+            watcher_token="of the bench",
         )
     )
 

@@ -17,6 +17,7 @@ them.  Imports SQLAlchemy only.  Changes go through `cluster/migrations` (`docs/
 | unrepairable | block that repair gave up on   | repair                                        |
 | stray        | fragment in no row's slot      | the verifier                                  |
 | passes       | pass of a verifier or scrubber | the verifier, repair                          |
+| watched      | write that will be read again  | the watchers of gateways                      |
 | jobs         | change that somebody asked for | the API, repair                               |
 | events       | thing that happened            | placement, repair, the verifier               |
 | leaders      | role that one process may hold | `leadership`                                  |
@@ -227,6 +228,20 @@ passes = Table(
     Column("ended", Float, nullable=True),
     # JSON: where it stands, counts, examples.
     Column("body", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+watched = Table(
+    "watched",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    Column("acknowledged", Float, nullable=False),
+    # Looks that are over; the next one is due at `due`, or was taken by a gateway until then.
+    Column("step", SmallInteger, nullable=False),
+    Column("due", Float, nullable=False),
+    # Attempts at this look that were answered by an error that may pass.
+    Column("tries", SmallInteger, nullable=False),
+    Index("watched_due", "due"),
     sqlite_with_rowid=False,
 )
 

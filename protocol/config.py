@@ -125,6 +125,8 @@ class Settings(BaseSettings):
     """Silence after which a down node's fragments are rebuilt elsewhere."""
     verify_period_s: Seconds = 7 * 24 * 3600.0
     """How often the verifier compares the block index with all disks."""
+    watch_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
+    """Share of new blocks that gateways read again after a minute, an hour, a day and a week."""
     stray_grace_s: Seconds = 24 * 3600.0
     """A fragment in no row's slot is not removed before it is known for this long."""
     open_volumes: int = Field(default=4, ge=1, le=64)

@@ -75,6 +75,16 @@ def _create_verification() -> None:
         sa.Column("body", sa.Text, nullable=False),
         sqlite_with_rowid=False,
     )
+    op.create_table(
+        "watched",
+        sa.Column("hash", sa.LargeBinary, primary_key=True),
+        sa.Column("acknowledged", sa.Float, nullable=False),
+        sa.Column("step", sa.SmallInteger, nullable=False),
+        sa.Column("due", sa.Float, nullable=False),
+        sa.Column("tries", sa.SmallInteger, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("watched_due", "watched", ["due"])
 
 
 def _create_operations() -> None:
