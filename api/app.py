@@ -20,6 +20,7 @@ from api.authority import Authority
 from api.batch_routes import BatchRoutes
 from api.block_routes import BlockRoutes
 from api.change_routes import ChangeRoutes
+from api.explain_routes import ExplainRoutes
 from api.gate import Gate
 from api.metadata_routes import MetadataRoutes
 from api.openapi import with_token
@@ -78,9 +79,9 @@ class GatewayApp(FastAPI):
         )
         system = SystemRoutes(
             status=services.status,
+            snapshot=services.snapshot,
             readiness=services.readiness,
             document=self.openapi,
-            index=services.index,
             volume_map=services.volume_map,
             turns=self._turns,
             metrics=services.metrics,
@@ -89,6 +90,9 @@ class GatewayApp(FastAPI):
         tree = MetadataRoutes(services.tree, authority, services.run)
         verify = VerifyRoutes(services.verification)
         changes = ChangeRoutes(services.changes)
+        explain = ExplainRoutes(
+            services.explainer, services.losses, services.accounts, services.tree
+        )
         return [
             *blocks.routes(),
             *batches.routes(),
@@ -96,6 +100,7 @@ class GatewayApp(FastAPI):
             *system.routes(),
             *verify.routes(),
             *changes.routes(),
+            *explain.routes(),
         ]
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -199,7 +199,7 @@ class ChangeRoutes:
                 self.create,
                 {
                     201: _said(JobAnswer, "A new job."),
-                    200: _said(PreviewAnswer, "With `dry_run`: the plan; nothing was written."),
+                    200: _said(PreviewAnswer, "With dry_run: the plan; nothing was written."),
                 },
                 ("invalid_request", "malformed_id", *states),
             ),

@@ -7,15 +7,13 @@ paths, so that their number is bounded by the code and not by callers.
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+from api.cell_metrics import CellMetrics
 from cluster.block_client_settings import FragmentProblem, PutResult
-from cluster.topology import NodeState, NodeView
 from protocol.errors import HaversackError
 
 LATENCY_BUCKETS_S: Final = (
@@ -147,35 +145,6 @@ class WatchMetrics:
     def looked(self, outcome: str) -> None:
         """Count one look."""
         self._looks.labels(outcome).inc()
-
-
-class CellMetrics:
-    """The cell as this gateway's map and the databases show it, set when metrics are asked for."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._nodes = Gauge(
-            "haversack_nodes", "Storage nodes by state.", ("state",), registry=registry
-        )
-        self._debts = Gauge("haversack_debts", "Fragments known to be missing.", registry=registry)
-        self._blocks = Gauge("haversack_blocks", "Blocks in the store.", registry=registry)
-        self._plain = Gauge("haversack_plain_bytes", "Their plain bytes.", registry=registry)
-        self._stored = Gauge(
-            "haversack_stored_bytes", "Their bytes before coding.", registry=registry
-        )
-        self.sql_up = Gauge("haversack_sql_up", "1 if both databases answered.", registry=registry)
-
-    def set_nodes(self, nodes: Iterable[NodeView]) -> None:
-        """Count nodes by state; states without a node are shown as zero."""
-        tally = Tally(node.state for node in nodes)
-        for state in NodeState:
-            self._nodes.labels(state.value).set(tally[state])
-
-    def set_totals(self, blocks: int, plain: int, stored: int, debts: int) -> None:
-        """Sums over the index."""
-        self._blocks.set(blocks)
-        self._plain.set(plain)
-        self._stored.set(stored)
-        self._debts.set(debts)
 
 
 class Metrics:

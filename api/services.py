@@ -29,8 +29,10 @@ from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import BlockIndex
 from cluster.cell import open_cell
 from cluster.change.desk import ChangeDesk
+from cluster.explain.losses import Losses
+from cluster.explain.why import Explainer
 from cluster.node_pool import NodePool
-from cluster.status import read_status
+from cluster.status import CellStatus, read_status
 from cluster.topology import SERVES_READS, NodeView
 from cluster.verify.admin import Verification
 from cluster.volume_map import VolumeMap
@@ -68,8 +70,12 @@ class Services:
     status: Callable[[], Awaitable[dict[str, Any]]]
     """Body of `/v1/admin/status`."""
     verification: Verification
+    snapshot: Callable[[], Awaitable[CellStatus]]
+    """The same as the database alone says; for metrics."""
     readiness: Callable[[], Awaitable[Readiness]]
     changes: ChangeDesk
+    explainer: Explainer
+    losses: Losses
     run: Run
     cell_db: Database
     sample: WatchSample
@@ -150,9 +156,11 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
         databases = {"cell": cell_db, "metadata": metadata_db}
         version = haversack_version()
 
+        async def snapshot() -> CellStatus:
+            return await read_status(cell_db, clock.wall())
+
         async def status() -> dict[str, Any]:
-            snapshot = await read_status(cell_db)
-            body = {**snapshot.to_json(), "version": version}
+            body = {**(await snapshot()).to_json(), "version": version}
             await _bring_up_to_date(body["nodes"], pool)
             return body
 
@@ -167,6 +175,9 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             status=status,
             verification=Verification(cell_db, clock),
             changes=ChangeDesk(cell_db, clock, run, settings.data, settings.node_capacity_bytes),
+            snapshot=snapshot,
+            explainer=Explainer(cell_db, pool.port, clock, settings.node_out_after_s),
+            losses=Losses(cell_db, clock),
             readiness=ReadinessProbe(databases, volume_map, cell.schemes, clock).ask,
             run=run,
             cell_db=cell_db,

@@ -17,13 +17,16 @@ from api.metrics import CONTENT_TYPE, Metrics
 from api.readiness import Readiness
 from api.routing import Route
 from api.turns import Turns
-from cluster.block_index import BlockIndex
+from cluster.status import CellStatus
 from cluster.volume_map import VolumeMap
 from protocol.clock import Clock
 from protocol.errors import HaversackError
 
 TOTALS_AGE_S: Final = 5.0
-"""Metrics ask the index for sums at most this often, however often they are scraped."""
+"""Metrics ask the database for sums at most this often, however often they are scraped."""
+
+TOTALS_SHARE: Final = 0.05
+"""Of a reader's time that these sums may take: a cell of a million volumes asks more seldom."""
 
 
 class HealthAnswer(BaseModel):
@@ -72,6 +75,36 @@ class VolumeStatus(BaseModel):
     by_spare: dict[str, int]
 
 
+class RedundancyStatus(BaseModel):
+    """Blocks by the fragments they could still lose, and what is owed."""
+
+    blocks_by_spare: dict[str, int]
+    debts: int
+    oldest_debt: float | None
+    unrepairable: int
+    moves: int
+
+
+class PassStatus(BaseModel):
+    """What repair, the verifier or a scrubber noted of its present or last pass."""
+
+    kind: str
+    subject: str
+    number: int
+    begun: float
+    ended: float | None
+    body: dict[str, Any]
+
+
+class AlarmStatus(BaseModel):
+    """What an operator has to know of without asking."""
+
+    kind: str
+    subject: str
+    text: str
+    since: float | None
+
+
 class StatusAnswer(BaseModel):
     """The cell."""
 
@@ -86,6 +119,10 @@ class StatusAnswer(BaseModel):
     stored_bytes: int
     fragment_bytes: int
     debts: int
+    redundancy: RedundancyStatus
+    passes: list[PassStatus]
+    jobs: list[dict[str, Any]]
+    alarms: list[AlarmStatus]
 
 
 class SystemRoutes:
@@ -95,9 +132,9 @@ class SystemRoutes:
         self,
         *,
         status: Callable[[], Awaitable[dict[str, Any]]],
+        snapshot: Callable[[], Awaitable[CellStatus]],
         readiness: Callable[[], Awaitable[Readiness]],
         document: Callable[[], dict[str, Any]],
-        index: BlockIndex,
         volume_map: VolumeMap,
         turns: Turns,
         metrics: Metrics,
@@ -106,12 +143,12 @@ class SystemRoutes:
         self._status = status
         self._readiness = readiness
         self._document = document
-        self._index = index
+        self._snapshot = snapshot
         self._map = volume_map
         self._turns = turns
         self._metrics = metrics
         self._clock = clock
-        self._totals_at = float("-inf")
+        self._totals_due = float("-inf")
 
     def routes(self) -> list[Route]:
         """What this class serves."""
@@ -184,16 +221,18 @@ class SystemRoutes:
         self._metrics.http.queued.set(self._turns.queued)
         cell = self._metrics.cell
         cell.set_nodes(self._map.nodes())
-        now = self._clock.monotonic()
-        if now - self._totals_at > TOTALS_AGE_S:
-            self._totals_at = now
+        began = self._clock.monotonic()
+        if began >= self._totals_due:
+            self._totals_due = began + TOTALS_AGE_S
             try:
-                totals, debts = await self._index.totals(), await self._index.debts()
+                snapshot = await self._snapshot()
             except HaversackError:
                 cell.sql_up.set(0)
             else:
                 cell.sql_up.set(1)
-                cell.set_totals(totals.blocks, totals.plain_bytes, totals.stored_bytes, debts)
+                cell.set_snapshot(snapshot, self._clock.wall())
+                took = self._clock.monotonic() - began
+                self._totals_due = began + max(TOTALS_AGE_S, took / TOTALS_SHARE)
         headers = ((b"content-type", CONTENT_TYPE), NO_STORE, NOSNIFF)
         return Answer(200, headers, (self._metrics.expose(),))
 

@@ -38,3 +38,12 @@ def moment(seconds: float) -> str:
         return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
     except (OverflowError, OSError, ValueError):
         return "?"
+
+
+def lasting(seconds: float) -> str:
+    """A length of time in one unit, rounded down: `45 s`, `3 min`, `5 h`, `12 d`."""
+    whole = max(0, int(seconds))
+    for limit, unit, name in ((120, 1, "s"), (7_200, 60, "min"), (172_800, 3_600, "h")):
+        if whole < limit:
+            return f"{whole // unit} {name}"
+    return f"{whole // 86_400} d"

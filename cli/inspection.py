@@ -15,6 +15,8 @@ from cli.connection import ServerOptions, run_with_client
 from cli.failures import Exit, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from client.api import HaversackClient
     from client.entries import Entry
 
@@ -133,6 +135,11 @@ def _print_status(state: dict[str, Any]) -> None:
             _text(node.get("detail"), ""),
         )
     console.print(table)
+    _print_sums(console, state)
+    _print_redundancy(console, state)
+
+
+def _print_sums(console: Console, state: dict[str, Any]) -> None:
     volumes = state.get("volumes", {})
     spares = ", ".join(
         f"{count} with {spare} spare"
@@ -151,6 +158,38 @@ def _print_status(state: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_redundancy(console: Console, state: dict[str, Any]) -> None:
+    """What is not whole, what is done about it, and what somebody has to look at."""
+
+    def line(title: str, text: str) -> None:
+        console.print(f"{title:10} {text}", highlight=False, soft_wrap=True)
+
+    redundancy = state.get("redundancy", {})
+    by_spare = redundancy.get("blocks_by_spare", {})
+    if by_spare:
+        classes = sorted(by_spare, key=int)
+        line("spare", ", ".join(f"{by_spare[spare]:,} blocks with {spare}" for spare in classes))
+    if redundancy.get("oldest_debt") is not None:
+        line("owed since", figures.moment(redundancy["oldest_debt"]))
+    if redundancy.get("moves"):
+        line("moving", figures.plural(redundancy["moves"], "slot"))
+    if redundancy.get("unrepairable"):
+        line("given up", figures.plural(redundancy["unrepairable"], "block"))
+    for job in state.get("jobs", []):
+        line("job", f"{job['id']}: {_text(job['kind'])} of {_text(job['subject'])}, {_job(job)}")
+    for alarm in state.get("alarms", []):
+        line("[red]ALARM[/]     ", _text(alarm.get("text")))
+
+
+def _job(job: dict[str, Any]) -> str:
+    """`running, 12 of 40 done, 5 min to go`."""
+    said = f"{_text(job['state'])}, {job['done_units']:,} of {job['total_units']:,} done"
+    eta_s = job.get("eta_s")
+    if eta_s is not None and eta_s > 0:
+        said += f", about {figures.lasting(eta_s)} to go"
+    return said
 
 
 def _text(value: Any, absent: str = "-") -> str:

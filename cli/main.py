@@ -124,6 +124,60 @@ def verify(
 
 
 @app.command()
+def why(
+    context: typer.Context,
+    subject: Annotated[str, typer.Argument(help="A block's hash, a volume (v12) or a node.")],
+    json: Json = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Show where a block, a volume or a node stands: slots, history, risk, what comes next."""
+    from cli import explain
+
+    raise typer.Exit(explain.why(_server(context, server, token_file), subject, json))
+
+
+@app.command("what-if")
+def what_if(
+    context: typer.Context,
+    action: Annotated[str, typer.Argument(help="lose", metavar="lose")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Nodes, hosts (RACK/HOST) or racks.", metavar="NAME")
+    ] = None,
+    any_one: Annotated[
+        str | None, typer.Option("--any-one", help="The worst single node, host or rack.")
+    ] = None,
+    json: Json = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Show what the loss of nodes, hosts or racks would leave; nothing is changed."""
+    from cli import explain
+
+    if action != "lose":
+        raise ConfigInvalid(f"what-if {action}: only `what-if lose NAME...` is known")
+    options = _server(context, server, token_file)
+    raise typer.Exit(explain.what_if(options, tuple(names or ()), any_one, json))
+
+
+@app.command()
+def events(
+    context: typer.Context,
+    subject: Annotated[
+        str | None, typer.Argument(help="A node, a volume, a block, a job; all if not given.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="At most so many.")] = 50,
+    json: Json = False,
+    server: Server = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Show what happened, newest last."""
+    from cli import explain
+
+    raise typer.Exit(explain.events(_server(context, server, token_file), subject, limit, json))
+
+
+@app.command()
 def put(
     context: typer.Context,
     path: Annotated[str, typer.Argument(help="File, folder or symlink.")],

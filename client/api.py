@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -393,6 +394,23 @@ class HaversackClient:
             lambda reply: int(json_object(reply, "a request to verify")["request"]),
         )
 
+    async def why(self, subject: str) -> dict[str, Any]:
+        """What is known of a block, a volume or a node; for administrators.  Raises
+        `EntryNotFound`, `MalformedId`."""
+        return await self._get_json(f"/v1/admin/why/{urllib.parse.quote(subject, safe='')}")
+
+    async def what_if(
+        self, lose: Sequence[str] = (), *, any_one: str | None = None
+    ) -> dict[str, Any]:
+        """What the loss of all of `lose` would leave, or the worst of one `any_one` (node, host,
+        rack); for administrators.  Raises `InvalidRequest`."""
+        query = text_query(lose=",".join(lose) or None, any_one=any_one)
+        return await self._get_json("/v1/admin/what-if", query)
+
+    async def events(self, subject: str | None = None, limit: int = 50) -> dict[str, Any]:
+        """What happened, newest first; for administrators."""
+        return await self._get_json("/v1/admin/events", text_query(subject=subject, limit=limit))
+
     async def is_ready(self) -> bool:
         """Whether the server says that it serves; False also when it cannot be reached."""
         try:
@@ -415,8 +433,10 @@ class HaversackClient:
 
     # ------------------------------------------------------------------ plumbing
 
-    async def _get_json(self, path: str) -> dict[str, Any]:
-        return await self._transport.call(Call("GET", path), lambda reply: json_object(reply, path))
+    async def _get_json(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        return await self._transport.call(
+            Call("GET", path, query=query or {}), lambda reply: json_object(reply, path)
+        )
 
     async def _hash(self, data: bytes) -> BlockHash:
         if len(data) <= _HASH_IN_LOOP_BYTES:

@@ -1,27 +1,56 @@
 """What an operator sees of a cell: the data behind `GET /v1/admin/status` and `/metrics`.
 
 Called by `api` in a gateway, which needs no placement service for it.  Reads `cell.db` only, in one
-snapshot; its cost grows with nodes, volumes and what is lost, never with blocks.
+snapshot.  What each part costs:
+
+| part                       | grows with                                            |
+|----------------------------|-------------------------------------------------------|
+| nodes, jobs, passes        | their rows                                            |
+| volumes, blocks, bytes     | volume rows, each read once                           |
+| by spare fragments         | volume rows, slots of nodes that are away, debts      |
+| oldest debt, unrepairable  | debts, unrepairable blocks                            |
+| alarms                     | the table of events, which is bounded                 |
+
+Nothing grows with blocks that are whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Select, func, or_, select, union
+import orjson
+from sqlalchemy import Connection, func, select
 
 from cluster import map_rows
-from cluster.block_index import Totals, count_debts, read_totals
-from cluster.schema import cell, debts, volume_slots, volumes
-from cluster.topology import SERVES_READS, NodeView, VolumeState
+from cluster.alarms import Alarm, alarms_of, read_raised
+from cluster.block_index import Totals, read_totals
+from cluster.change.jobs import UNFINISHED, Job, job_json, read_jobs
+from cluster.redundancy import Redundancy, read_redundancy, volumes_by_spare
+from cluster.schema import cell, passes, volumes
+from cluster.topology import NodeView, VolumeState
 from erasure.scheme import Scheme
 from protocol.errors import ConfigInvalid
-from protocol.ids import NodeId
 from sql.database import Database
 
-_NODES_PER_QUERY: Final = 500
+JOBS_SHOWN: Final = 20
+BLOCKERS_SHOWN: Final = 3
+"""Of each job; `haversack jobs` shows them all."""
+
+
+class PassRow(NamedTuple):
+    """What a service that works in passes noted of the present or the last one."""
+
+    kind: str
+    subject: str
+    number: int
+    begun: float
+    ended: float | None
+    body: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return self._asdict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +67,11 @@ class CellStatus:
     """Volumes by how many more fragments they could lose: -1 and below is unreadable now.  A slot
     is lost while it is vacant, its node does not serve, or any block has a debt in it."""
     totals: Totals
-    debts: int
+    redundancy: Redundancy
+    passes: tuple[PassRow, ...]
+    jobs: tuple[Job, ...]
+    """Not ended, newest first."""
+    alarms: tuple[Alarm, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The answer of the API, except for what only the API knows."""
@@ -46,7 +79,7 @@ class CellStatus:
             "cluster_id": self.cluster_id,
             "scheme": self.scheme.name,
             "map_version": self.map_version,
-            "nodes": [_node_json(node) for node in self.nodes],
+            "nodes": [node_json(node) for node in self.nodes],
             "volumes": {
                 "open": self.open_volumes,
                 "sealed": self.sealed_volumes,
@@ -56,16 +89,21 @@ class CellStatus:
             "logical_bytes": self.totals.plain_bytes,
             "stored_bytes": self.totals.stored_bytes,
             "fragment_bytes": sum(node.used_bytes for node in self.nodes),
-            "debts": self.debts,
+            "debts": self.redundancy.debts,
+            "redundancy": self.redundancy.to_json(),
+            "passes": [found.to_json() for found in self.passes],
+            "jobs": [_job_json(job) for job in self.jobs],
+            "alarms": [alarm.to_json() for alarm in self.alarms],
         }
 
 
-async def read_status(db: Database) -> CellStatus:
-    """A snapshot.  Raises `ConfigInvalid` without a cell, `DatabaseBusy`."""
-    return await db.read(status_of)
+async def read_status(db: Database, now: float) -> CellStatus:
+    """A snapshot; `now` is the wall clock.  Raises `ConfigInvalid` without a cell,
+    `DatabaseBusy`."""
+    return await db.read(lambda connection: status_of(connection, now))
 
 
-def status_of(connection: Connection) -> CellStatus:
+def status_of(connection: Connection, now: float) -> CellStatus:
     """`read_status` on a connection."""
     row = connection.execute(select(cell.c.cluster_id, cell.c.scheme)).one_or_none()
     if row is None:
@@ -73,6 +111,8 @@ def status_of(connection: Connection) -> CellStatus:
     nodes = map_rows.read_nodes(connection)
     by_state = select(volumes.c.state, func.count()).group_by(volumes.c.state)
     counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(by_state)}
+    redundancy = read_redundancy(connection, nodes)
+    jobs = tuple(read_jobs(connection, UNFINISHED, JOBS_SHOWN))
     return CellStatus(
         cluster_id=row.cluster_id,
         scheme=Scheme.parse(row.scheme),
@@ -80,48 +120,36 @@ def status_of(connection: Connection) -> CellStatus:
         nodes=tuple(nodes),
         open_volumes=counts.get(VolumeState.OPEN.value, 0),
         sealed_volumes=counts.get(VolumeState.SEALED.value, 0),
-        spare=_volumes_by_spare(connection, nodes),
+        spare=volumes_by_spare(connection, nodes),
         totals=read_totals(connection),
-        debts=count_debts(connection),
+        redundancy=redundancy,
+        passes=tuple(read_passes(connection)),
+        jobs=jobs,
+        alarms=alarms_of(nodes, redundancy, jobs, read_raised(connection), now),
     )
 
 
-def _volumes_by_spare(connection: Connection, nodes: Iterable[NodeView]) -> dict[int, int]:
-    """Counts whole schemes first, then only volumes that lost something."""
-    by_scheme = select(volumes.c.scheme, func.count()).group_by(volumes.c.scheme)
-    counts: dict[tuple[str, int], int] = {
-        (scheme, 0): count for scheme, count in connection.execute(by_scheme)
-    }
-    away = [node.node_id for node in nodes if node.state not in SERVES_READS]
-    lost = union(_lost_slots(away), select(debts.c.volume_id, debts.c.slot).distinct()).subquery()
-    per_volume = (
-        select(lost.c.volume_id, func.count().label("lost")).group_by(lost.c.volume_id).subquery()
-    )
+def read_passes(connection: Connection) -> list[PassRow]:
+    """All of them: one per kind and subject.  Requests are not passes."""
     query = (
-        select(volumes.c.scheme, per_volume.c.lost, func.count())
-        .join(per_volume, per_volume.c.volume_id == volumes.c.volume_id)
-        .group_by(volumes.c.scheme, per_volume.c.lost)
+        select(passes)
+        .where(passes.c.subject != "request")
+        .order_by(passes.c.kind, passes.c.subject)
     )
-    for scheme, lost_slots, count in connection.execute(query):
-        counts[scheme, lost_slots] = counts.get((scheme, lost_slots), 0) + count
-        counts[scheme, 0] -= count
-    spare: dict[int, int] = {}
-    for (scheme, lost_slots), count in counts.items():
-        if count:
-            left = Scheme.parse(scheme).m - lost_slots
-            spare[left] = spare.get(left, 0) + count
-    return spare
+    return [
+        PassRow(row.kind, row.subject, row.number, row.begun, row.ended, orjson.loads(row.body))
+        for row in connection.execute(query)
+    ]
 
 
-def _lost_slots(away: list[NodeId]) -> Select[Any]:
-    """Slots without a node that serves."""
-    conditions = [volume_slots.c.node_id.is_(None)]
-    for start in range(0, len(away), _NODES_PER_QUERY):
-        conditions.append(volume_slots.c.node_id.in_(away[start : start + _NODES_PER_QUERY]))
-    return select(volume_slots.c.volume_id, volume_slots.c.slot).where(or_(*conditions))
+def _job_json(job: Job) -> dict[str, Any]:
+    shown = job_json(job)
+    blockers = shown["blockers"]
+    return {**shown, "blockers": blockers[:BLOCKERS_SHOWN], "blockers_total": len(blockers)}
 
 
-def _node_json(node: NodeView) -> dict[str, Any]:
+def node_json(node: NodeView) -> dict[str, Any]:
+    """A node's row, for people."""
     return {
         "id": str(node.node_id),
         "state": str(node.state),

@@ -39,6 +39,13 @@ def referenced(
     return found
 
 
+def referring(connection: Connection, block: BlockHash) -> dict[int, int]:
+    """How often each namespace that references the block does so.  One look-up per namespace: for
+    people who ask, not for a walk."""
+    rows = connection.execute(_REFERRING, {"hash": bytes(block)})
+    return {row[0]: row[1] for row in rows}
+
+
 def add_references(
     connection: Connection, namespace_id: int, counts: Mapping[BlockHash, int]
 ) -> None:
@@ -73,6 +80,13 @@ def _referenced(dialect: str) -> TextClause:
         f" substr(:packed, {BLOCK_HASH_BYTES} * {position} + 1, {BLOCK_HASH_BYTES})"
     )
 
+
+# The table is kept by namespace.  CROSS JOIN keeps the namespaces outside, so that the inside is a
+# look-up by key.
+_REFERRING = text(
+    "SELECT n.id, b.count FROM namespaces n CROSS JOIN namespace_blocks b"
+    " WHERE b.namespace_id = n.id AND b.hash = :hash ORDER BY n.id"
+)
 
 # The same text on SQLite and PostgreSQL.
 _ADD = text(

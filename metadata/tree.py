@@ -26,7 +26,7 @@ from metadata.entries import Entry, EntryKind, EntryRow, rows_on_path
 from metadata.listing import Page, list_page
 from metadata.namespaces import ChangeKind, JournalLine, append_journal, lock_namespace
 from metadata.paths import Names, join_path, keys_of, parse_path
-from metadata.references import referenced
+from metadata.references import referenced, referring
 from metadata.schema import entries
 from metadata.tree_view import load
 from protocol.clock import Clock
@@ -196,6 +196,11 @@ class Tree:
             return referenced(connection, account.namespace_id, hashes)
 
         return await self._database.read(work)
+
+    async def referring(self, block: BlockHash) -> dict[int, int]:
+        """How often the versions of each namespace name the block, namespaces that do not left
+        out; for administrators."""
+        return await self._database.read(lambda connection: referring(connection, block))
 
     # -- inside --------------------------------------------------------------------------------
 

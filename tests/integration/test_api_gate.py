@@ -8,6 +8,7 @@ import contextlib
 import copy
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def test_no_route_but_probes_lets_anybody_in(cell: Cell, app: GatewayApp, creden
     headers = {} if value is None else {"Authorization": value.encode("latin-1")}
     with cell.client(None) as client:
         for route in app.api_routes:
-            path = route.path.replace("{hash}", UNKNOWN)
+            path = route.path.replace("{hash}", UNKNOWN).replace("{subject}", UNKNOWN)
             answer = client.request(route.method, path, headers=headers)
             if route.access is Access.PUBLIC:
                 assert answer.status_code == 200, path
@@ -96,9 +97,9 @@ def test_no_route_but_probes_lets_anybody_in(cell: Cell, app: GatewayApp, creden
             assert route.method == "HEAD" or _kind(answer) == (401, "unauthenticated")
 
 
-def test_public_routes_are_the_three_probes_and_no_other(app: GatewayApp) -> None:
+def test_public_routes_are_three_probes_and_an_empty_page_and_no_other(app: GatewayApp) -> None:
     public = {route.path for route in app.api_routes if route.access is Access.PUBLIC}
-    assert public == {"/healthz", "/readyz", "/metrics"}
+    assert public == {"/healthz", "/readyz", "/metrics", "/admin"}
 
 
 def test_token_in_the_query_or_in_a_cookie_is_no_token(cell: Cell) -> None:
@@ -108,14 +109,22 @@ def test_token_in_the_query_or_in_a_cookie_is_no_token(cell: Cell) -> None:
             assert client.get("/v1/account", params=query).status_code == 401
 
 
+ADMIN_QUERIES = {"/v1/admin/what-if": {"lose": "node-01"}}
+"""For routes that need one."""
+
+
 def test_admin_routes_are_for_administrators(cell: Cell, app: GatewayApp) -> None:
     admin_routes = [route for route in app.api_routes if route.access is Access.ADMIN]
-    assert {route.path for route in admin_routes} == {"/v1/admin/status", "/v1/admin/verify"}
+    assert {route.path for route in admin_routes} == {
+        route.path for route in app.api_routes if route.path.startswith("/v1/admin/")
+    }
     with cell.client("alice") as alice, cell.client() as admin:
         for route in admin_routes:
-            assert _kind(alice.request(route.method, route.path)) == (403, "forbidden")
-            if route.method == "GET":
-                assert admin.get(route.path).status_code == 200
+            path = route.path.replace("{subject}", "node-01")
+            assert _kind(alice.request(route.method, path)) == (403, "forbidden")
+            if route.method == "GET" and "{" not in path:
+                params = ADMIN_QUERIES.get(path, {})
+                assert admin.get(path, params=params).status_code == 200, path
 
 
 def test_scheme_of_the_credentials_is_not_case_sensitive(cell: Cell) -> None:
@@ -468,6 +477,29 @@ def test_answers_are_what_the_document_says(cell: Cell, document: dict[str, Any]
         ("POST", "/v1/metadata/delete", "", {"json": {"path": "doc/a"}}),
         ("GET", "/v1/account", "", {}),
         ("GET", "/v1/admin/status", "", {}),
+        ("GET", "/v1/admin/why/{subject}", "node-01", {}),
+        ("GET", "/v1/admin/why/{subject}", "v1", {}),
+        ("GET", "/v1/admin/why/{subject}", name, {}),
+        ("GET", "/v1/admin/why/{subject}", UNKNOWN, {}),
+        ("GET", "/v1/admin/why/{subject}", "X", {}),
+        ("GET", "/v1/admin/what-if", "", {"params": {"lose": "node-01"}}),
+        ("GET", "/v1/admin/what-if", "", {"params": {"any_one": "rack"}}),
+        ("GET", "/v1/admin/what-if", "", {}),
+        ("GET", "/v1/admin/events", "", {}),
+        ("GET", "/v1/admin/events", "", {"params": {"limit": 0}}),
+        ("GET", "/v1/admin/verify", "", {}),
+        ("POST", "/v1/admin/verify", "", {"json": {"deep": True}}),
+        ("POST", "/v1/admin/verify", "", {"json": {"deep": "very"}}),
+        ("GET", "/v1/admin/nodes", "", {}),
+        ("POST", "/v1/admin/nodes", "", {"json": {"directory": "relative"}}),
+        ("POST", "/v1/admin/nodes/{node}", "node-01", {"json": {"weight": 1.0}}),
+        ("POST", "/v1/admin/nodes/{node}", "node-99", {"json": {"weight": 1.0}}),
+        ("GET", "/v1/admin/jobs", "", {}),
+        ("POST", "/v1/admin/jobs", "", {"json": {"kind": "drain", "node": "node-99"}}),
+        ("POST", "/v1/admin/jobs", "", {"json": {"kind": "rebalance", "dry_run": True}}),
+        ("GET", "/v1/admin/jobs/{job}", "77", {}),
+        ("POST", "/v1/admin/jobs/{job}", "77", {"json": {"action": "pause"}}),
+        ("GET", "/admin", "", {}),
         ("GET", "/healthz", "", {}),
         ("GET", "/readyz", "", {}),
         ("GET", "/metrics", "", {}),
@@ -477,7 +509,7 @@ def test_answers_are_what_the_document_says(cell: Cell, document: dict[str, Any]
     with cell.client() as client:
         for method, path, argument, options in calls:
             called.add((method, path))
-            answer = client.request(method, path.replace("{hash}", argument), **options)
+            answer = client.request(method, re.sub(r"\{\w+\}", argument, path), **options)
             _conforms(document, method, path, answer)
     assert called == {
         (method.upper(), path) for path, item in document["paths"].items() for method in item

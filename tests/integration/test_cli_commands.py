@@ -267,6 +267,11 @@ def test_status_as_a_table_and_as_json(haversack: Callable[..., Said]) -> None:
     assert re.search(r"node-02 +down +- .* no answer", said.out)
     assert "2 open, 1 sealed; 2 with 2 spare, 1 with 3 spare" in said.out
     assert "123 MB logical, 190 MB stored" in said.out
+    assert "spare      2 blocks with -1, 1,000 blocks with 2, 5 blocks with 3" in said.out
+    assert "moving     4 slots" in said.out
+    assert "given up   1 block" in said.out
+    assert "job        7: drain of node-02, running, 3 of 12 done, about 3 min to go" in said.out
+    assert r"ALARM      [bold]\x1b[2J" in said.out, "what a server says is shown, never obeyed"
     state = json.loads(haversack("status", "--json").out)
     assert [node["id"] for node in state["nodes"]] == ["node-01", "node-02"]
 

@@ -106,13 +106,17 @@ def running_cell(
     *,
     scheme: str = "rs-6-3",
     nodes: int = 9,
+    racks: int = 1,
     patience: Patience | None = None,
     wrap: Callable[[Services], Services] = lambda services: services,
     **settings: Any,
 ) -> Iterator[Cell]:
-    """A cell that is ready, with the accounts `admin`, `alice` and `bob`."""
+    """A cell that is ready, with the accounts `admin`, `alice` and `bob`.
+
+    With several `racks`, nodes are dealt out to them in turn, each on a host of its own.
+    """
     cell = Cell(Scheme.parse(scheme), directory)
-    _prepare(cell, nodes)
+    _prepare(cell, nodes, racks)
     chosen = load(data=directory, **settings)
     hold = _Hold(cell, chosen, wrap)
     with serving(hold.app, patience) as running:
@@ -124,13 +128,22 @@ def running_cell(
             running.call(hold.close)
 
 
-def _prepare(cell: Cell, nodes: int) -> None:
+def _prepare(cell: Cell, nodes: int, racks: int) -> None:
     directory, clock = cell.directory, SystemClock()
     (directory / "cluster.secret").write_text(SECRET.hex())
     cell_db = Database(sqlite_url(directory / "cell.db"), inline=True)
     prepare_schema(cell_db)
     names = [NodeId.numbered(number + 1) for number in range(nodes)]
-    specs = [NodeSpec(n, f"store-{n}", str(directory / n), "host", "rack") for n in names]
+    specs = [
+        NodeSpec(
+            name,
+            f"store-{name}",
+            str(directory / name),
+            "host" if racks == 1 else f"host-{name}",
+            "rack" if racks == 1 else f"rack-{number % racks + 1}",
+        )
+        for number, name in enumerate(names)
+    ]
     create_cell(cell_db, clock, CLUSTER_ID, cell.scheme, specs)
     cell_db.close()
     metadata_db = Database(sqlite_url(directory / "metadata.db"), inline=True)

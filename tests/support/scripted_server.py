@@ -415,6 +415,27 @@ class ScriptedCell:
                 "logical_bytes": 123456789,
                 "stored_bytes": 190000000,
                 "debts": 0,
+                "redundancy": {
+                    "blocks_by_spare": {"-1": 2, "2": 1000, "3": 5},
+                    "debts": 0,
+                    "oldest_debt": 1_795_305_600.0,
+                    "unrepairable": 1,
+                    "moves": 4,
+                },
+                "jobs": [
+                    {
+                        "id": 7,
+                        "kind": "drain",
+                        "subject": "node-02",
+                        "state": "running",
+                        "done_units": 3,
+                        "total_units": 12,
+                        "eta_s": 200.0,
+                    }
+                ],
+                "alarms": [
+                    {"kind": "raised", "subject": "cell", "text": "[bold]\x1b[2J", "since": None}
+                ],
                 "scheme": "rs-6-3",
                 "cluster_id": "c1",
                 "version": "0.1.0",

@@ -11,6 +11,7 @@ from cell_rows import (
     CLUSTER_ID,
     RS,
     SMALL,
+    START,
     HandClock,
     Rows,
     empty_database,
@@ -46,7 +47,7 @@ def rows(db: Database) -> Rows:
 async def test_a_database_without_a_cell_has_no_status(tmp_path: Path) -> None:
     database = empty_database(tmp_path)
     with pytest.raises(ConfigInvalid):
-        await read_status(database)
+        await read_status(database, START)
     database.close()
 
 
@@ -61,7 +62,7 @@ async def test_the_json_names_the_cell_its_nodes_and_its_sums(db: Database, rows
         NodeReport(NodeId.numbered(2), 9, 50, 1),
     ]
     db.transact(lambda c: map_rows.save_reports(c, reports))
-    shown = json.loads(json.dumps((await read_status(db)).to_json()))
+    shown = json.loads(json.dumps((await read_status(db, START)).to_json()))
     nodes = shown.pop("nodes")
     assert shown == {
         "cluster_id": CLUSTER_ID,
@@ -73,6 +74,16 @@ async def test_the_json_names_the_cell_its_nodes_and_its_sums(db: Database, rows
         "stored_bytes": 15_000,
         "fragment_bytes": 300,
         "debts": 1,
+        "redundancy": {
+            "blocks_by_spare": {"2": 1, "3": 2},
+            "debts": 1,
+            "oldest_debt": START,
+            "unrepairable": 0,
+            "moves": 0,
+        },
+        "passes": [],
+        "jobs": [],
+        "alarms": [],
     }
     assert [node["id"] for node in nodes] == list(node_ids(9))
     assert nodes[0] == {
@@ -100,13 +111,13 @@ async def test_spare_fragments_fall_with_every_node_that_does_not_serve(
     rows.open_volume(RS, node_ids(9))
     rows.open_volume(SMALL, node_ids(4, 6))
     rows.open_volume(RS, (*node_ids(7), None, None))
-    assert (await read_status(db)).spare == {3: 2, 1: 1}
+    assert (await read_status(db, START)).spare == {3: 2, 1: 1}
     rows.set_state(1, NodeState.SUSPECT)
     rows.set_state(2, NodeState.DRAINING)
-    assert (await read_status(db)).spare == {3: 2, 1: 1}, "both still serve"
+    assert (await read_status(db, START)).spare == {3: 2, 1: 1}, "both still serve"
     for number in (1, 2, 3, 4):
         rows.set_state(number, NodeState.DOWN)
-    assert (await read_status(db)).spare == {-1: 1, 3: 1, -3: 1}
+    assert (await read_status(db, START)).spare == {-1: 1, 3: 1, -3: 1}
 
 
 async def test_a_debt_counts_once_per_slot_however_many_blocks_owe_it(
@@ -116,8 +127,9 @@ async def test_a_debt_counts_once_per_slot_however_many_blocks_owe_it(
     volume = rows.open_volume(RS, node_ids(9))
     await index.record_puts([new_block(number, volume, missing=(4,)) for number in range(20)])
     await index.record_puts([new_block("other", volume, missing=(5,))])
-    status = await read_status(db)
-    assert status.debts == 21
+    status = await read_status(db, START)
+    assert status.redundancy.debts == 21
+    assert status.redundancy.blocks_by_spare == {2: 21}
     assert status.spare == {1: 1}
     rows.set_state(5, NodeState.DOWN)
-    assert (await read_status(db)).spare == {1: 1}, "slot 4 is node-05's: lost once"
+    assert (await read_status(db, START)).spare == {1: 1}, "slot 4 is node-05's: lost once"

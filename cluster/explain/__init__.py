@@ -1,0 +1,1 @@
+"""Answers to an operator's questions about redundancy: why is it so, and what if."""

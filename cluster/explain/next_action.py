@@ -1,0 +1,154 @@
+"""What happens next, in sentences for people.  Pure.
+
+Says only what the tables say will happen: a move that is under way, a debt that will be repaid, a
+node that will be out at a certain time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.explain.facts import Move, NodeFacts, Owed, VolumeFacts
+from cluster.explain.risk import Risk
+from cluster.topology import SERVES_READS, NodeState, NodeView
+from protocol.messages import ItemStatus
+
+NOTHING: Final = "nothing to do"
+
+_SAID: Final[Mapping[ItemStatus, str]] = {
+    ItemStatus.NOT_FOUND: "does not hold it",
+    ItemStatus.CORRUPT: "holds bytes that fail their checks",
+    ItemStatus.IO_ERROR: "cannot read it from its disk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Wall-clock `now`, and how long a node is down before its slots are placed anew."""
+
+    now: float
+    out_after_s: float
+
+    def since(self, at: float) -> str:
+        """`3 min`: how long ago."""
+        return duration(self.now - at)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min`, `5 h`, `12 d`: one unit, rounded down."""
+    whole = max(0, int(seconds))
+    for limit, unit, name in ((120, 1, "s"), (7_200, 60, "min"), (172_800, 3_600, "h")):
+        if whole < limit:
+            return f"{whole // unit} {name}"
+    return f"{whole // 86_400} d"
+
+
+def next_of_volume(facts: VolumeFacts, times: Times) -> list[str]:
+    """For each slot that is not as it should be."""
+    found = _moves_and_losses(facts, times)
+    found += [_of_debt(slot, facts.owed[slot], times) for slot in sorted(facts.owed)]
+    for given_up in facts.unrepairable[:3]:
+        found.append(f"block {given_up.block} cannot be repaired: {given_up.reason}")
+    return found or [NOTHING]
+
+
+def next_of_block(
+    facts: VolumeFacts,
+    owed: Mapping[int, Owed],
+    checks: Mapping[int, ItemStatus],
+    times: Times,
+) -> list[str]:
+    """As of a volume, with the block's own debts and what its nodes found just now."""
+    found = _moves_and_losses(facts, times)
+    found += [_of_debt(slot, owed[slot], times) for slot in sorted(owed)]
+    for slot, status in sorted(checks.items()):
+        if status in _SAID and slot not in owed and slot not in facts.moves:
+            found.append(
+                f"slot {slot}: {facts.view.slots[slot]} {_SAID[status]}, and no debt says so yet: "
+                "the next read, scrub or verifier pass that sees it writes one"
+            )
+    return found or [NOTHING]
+
+
+def next_of_node(facts: NodeFacts, times: Times) -> list[str]:
+    """Of its state, what moves, and what it owes."""
+    view = facts.view
+    found = []
+    if view.state is NodeState.DRAINING:
+        left = facts.slots
+        found.append(
+            f"it is draining: {left} slots are still here, {facts.leaving_total} of them moving"
+            if left
+            else "it is draining and holds no slot any more: it will be drained"
+        )
+    elif view.state is NodeState.DRAINED:
+        found.append("it is drained: it may be removed, or taken back")
+    elif view.state not in SERVES_READS and view.state is not NodeState.GONE:
+        if facts.slots or view.state is NodeState.DOWN:
+            found.append(_of_node(view, facts.disk_failed, times))
+    elif view.state is NodeState.SUSPECT:
+        found.append("it was not heard of lately: it is down if that lasts")
+    if facts.leaving_total and view.state is not NodeState.DRAINING:
+        found.append(f"{facts.leaving_total} of its slots are being made on other nodes")
+    if facts.arriving_total:
+        found.append(f"{facts.arriving_total} slots are being made on it")
+    if facts.owed and view.state in SERVES_READS:
+        found.append(f"{facts.owed} fragments that its slots owe are made again in place")
+    return found or [NOTHING]
+
+
+def headline(risk: Risk, more_urgent: int = 0) -> str:
+    """One line about redundancy."""
+    if risk.spare < 0:
+        return f"UNREADABLE NOW: {risk.present} of {risk.needed} fragments that a read needs"
+    full = risk.slots - risk.needed
+    said = f"readable, {risk.spare} of {full} spare fragments"
+    if risk.spare < full and more_urgent:
+        said += f"; {more_urgent} blocks have fewer and come first"
+    return said
+
+
+def _moves_and_losses(facts: VolumeFacts, times: Times) -> list[str]:
+    found = []
+    for slot, node_id in enumerate(facts.view.slots):
+        move = facts.moves.get(slot)
+        if move is not None:
+            found.append(_of_move(move, times))
+        elif node_id is None:
+            found.append(f"slot {slot} has no node: it is placed as soon as one can take it")
+        else:
+            view = facts.nodes[node_id]
+            if view.state not in SERVES_READS:
+                failed = node_id in facts.failed
+                found.append(f"slot {slot}: {_of_node(view, failed, times)}")
+    return found
+
+
+def _of_move(move: Move, times: Times) -> str:
+    since = times.since(move.begun)
+    return f"slot {move.slot} is being made on {move.target} ({move.reason}), since {since}"
+
+
+def _of_debt(slot: int, owed: Owed, times: Times) -> str:
+    what = "its fragment" if owed.blocks == 1 else f"fragments of {owed.blocks} blocks"
+    return (
+        f"slot {slot} owes {what} ({owed.reason}), since {times.since(owed.since)}: "
+        "made again in place"
+    )
+
+
+def _of_node(view: NodeView, disk_failed: bool, times: Times) -> str:
+    since = times.since(view.state_since)
+    said = f"{view.node_id} is {view.state} since {since}"
+    if view.detail:
+        said += f" ({view.detail})"
+    if view.state is not NodeState.DOWN:
+        return f"{said}: it has to start"
+    if disk_failed:
+        return f"{said}: its disk failed, its slots are placed anew"
+    left_s = times.out_after_s - (times.now - view.state_since)
+    if left_s > 0:
+        return f"{said}: its slots are placed anew in {duration(left_s)} unless it comes back"
+    return f"{said}: it is out, its slots are placed anew as nodes can take them"
