@@ -170,7 +170,11 @@ async def serve(settings: Settings) -> None:
             release_free_memory()
             announce(path, url)
             log.info("serving", url=url, pid=os.getpid())
-        beside = [loop.create_task(trim_when_idle(server)), loop.create_task(watch(services, url))]
+        beside = [
+            loop.create_task(trim_when_idle(server)),
+            loop.create_task(watch(services, url)),
+            loop.create_task(services.canaries.run()),
+        ]
         try:
             await running
         finally:

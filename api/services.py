@@ -35,6 +35,7 @@ from cluster.node_pool import NodePool
 from cluster.status import CellStatus, read_status
 from cluster.topology import SERVES_READS, NodeView
 from cluster.verify.admin import Verification
+from cluster.verify.canaries import Canaries, CanarySettings
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
 from erasure.keyring import Keyring
@@ -82,6 +83,7 @@ class Services:
     """Of new blocks, for the watcher."""
     watcher_token: str
     """Secret of this process."""
+    canaries: Canaries
     metrics: Metrics = field(default_factory=Metrics)
     version: str = "0"
 
@@ -182,6 +184,15 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             run=run,
             cell_db=cell_db,
             sample=WatchSample(rng, settings.watch_share),
+            canaries=Canaries(
+                cell_db,
+                clock,
+                rng,
+                os.urandom,
+                blocks.put,
+                pool.port,
+                CanarySettings(settings.canary_interval_s, settings.canary_alarm_s),
+            ),
             watcher_token=secrets.token_urlsafe(32),
             metrics=metrics,
             version=version,

@@ -51,6 +51,8 @@ class VerifyAnswer(BaseModel):
     request: dict[str, Any] | None
     removal: dict[str, Any] | None
     strays: dict[str, dict[str, float]]
+    watcher: dict[str, Any]
+    canaries: list[dict[str, Any]]
 
 
 class VerifyBody(BaseModel):

@@ -121,6 +121,7 @@ def _application(name: str) -> Any:
             changes=instant,
             run=run,
             cell_db=instant,
+            canaries=instant,
             sample=WatchSample(random.Random(1), 0.0),
             watcher_token="of the bench",
         )

@@ -127,6 +127,11 @@ class Settings(BaseSettings):
     """How often the verifier compares the block index with all disks."""
     watch_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     """Share of new blocks that gateways read again after a minute, an hour, a day and a week."""
+    canary_interval_s: Seconds = 24 * 3600.0
+    """Between the mending of a canary's fragment and the damaging of the next one."""
+    canary_alarm_s: Seconds = 9 * 24 * 3600.0
+    """A damaged canary that nobody has noticed after this time raises an alarm: longer than
+    `verify_period_s` and a pass."""
     stray_grace_s: Seconds = 24 * 3600.0
     """A fragment in no row's slot is not removed before it is known for this long."""
     open_volumes: int = Field(default=4, ge=1, le=64)
@@ -172,6 +177,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 "node_down_after_s must be longer than health_interval_s and health_deadline_s "
                 "together, and shorter than lease_s"
+            )
+        if self.canary_alarm_s <= self.verify_period_s:
+            raise ValueError(
+                "canary_alarm_s must be longer than verify_period_s: nobody has looked"
             )
         if self.node_out_after_s < self.node_down_after_s:
             raise ValueError("node_out_after_s must not be shorter than node_down_after_s")

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import Connection
+
+from cluster.verify.canaries import canaries_of
 from cluster.verify.pass_rows import request_pass, verification_of
+from cluster.verify.watch_rows import watching_of
 from protocol.clock import Clock
 from sql.database import Database
 
@@ -20,8 +24,17 @@ class Verification:
         self._clock = clock
 
     async def read(self) -> dict[str, Any]:
-        """See `pass_rows.verification_of`.  Raises `DatabaseBusy`."""
-        return await self._db.read(verification_of)
+        """What was found, and what watches.  Raises `DatabaseBusy`."""
+        now = self._clock.wall()
+
+        def work(connection: Connection) -> dict[str, Any]:
+            return {
+                **verification_of(connection),
+                "watcher": watching_of(connection, now),
+                "canaries": canaries_of(connection),
+            }
+
+        return await self._db.read(work)
 
     async def request(self, *, deep: bool, remove_strays: bool, dry_run: bool) -> int:
         """Ask the verifier for a pass, or for a removal of strays; returns the request's number.
