@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from api_cell import Cell, block_of, running_cell
 from api_server import DEADLINE_S
 from sqlalchemy import text
 
+from cli import explain
+from cli.connection import ServerOptions
+from cli.failures import Exit
 from protocol.ids import BlockHash, NodeId, VolumeId
 from sql.database import Database
 from sql.engine import sqlite_url
@@ -228,3 +232,42 @@ def test_the_page_brings_all_it_needs_and_may_load_nothing_else(cell: Cell) -> N
     assert not re.search(r"\son\w+\s*=", page), "handlers in attributes are not let run"
     assert " style=" not in page
     assert "localStorage" not in page
+
+
+# -- the command line --------------------------------------------------------------------------
+
+
+def test_commands_show_the_answers_to_people_and_to_scripts(
+    cell: Cell, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(cell.tokens["admin"])
+    options = ServerOptions(cell.running.url, token)
+
+    def said(code: Exit) -> str:
+        assert code is Exit.OK
+        return capsys.readouterr().out
+
+    with cell.client() as admin:
+        name = _store(admin, 7)
+        slots = _why(admin, name)["slots"]
+        volume = _why(admin, name)["volume"]["id"]
+    block = said(explain.why(options, name, False))
+    assert "is          readable, 3 of 3 spare fragments" in block
+    assert "next        nothing to do" in block
+    assert len(re.findall(r"node-\d\d +up +rack-\d/host-node-\d\d +intact", block)) == 9
+    assert json.loads(said(explain.why(options, name, True)))["risk"]["spare"] == 3
+    assert f"volume {volume}" in said(explain.why(options, volume, False))
+    node = said(explain.why(options, slots[0]["node"], False))
+    assert "it answers: serving" in node
+    assert "node registered" in node
+    loss = said(explain.what_if(options, ("rack-1", "node-02"), None, False))
+    assert "without rack:rack-1, node:node-02 (4 nodes)" in loss
+    assert "to rebuild" in loss
+    worst = json.loads(said(explain.what_if(options, (), "rack", True)))
+    assert len(worst["worst"]) == 4
+    assert "the worst of each kind" in said(explain.what_if(options, (), "rack", False))
+    assert "node added" in said(explain.events(options, "node-03", 50, False))
+    assert explain.why(options, "no such/thing", False) is Exit.REFUSED
+    assert explain.what_if(options, ("nowhere",), None, False) is Exit.REFUSED
+    assert "no node, host or rack" in capsys.readouterr().err
