@@ -98,8 +98,9 @@ def record_debts(
 
 def repay_debts(
     connection: Connection, rows: Iterable[Debt], epochs: Mapping[VolumeId, int]
-) -> None:
-    """Strike out debts whose fragment was verified where the map of those epochs says it belongs.
+) -> int:
+    """Strike out debts whose fragment was verified where the map of those epochs says it belongs;
+    returns how many there were.
 
     The debts of a volume that has moved on to another epoch stay: the slot may have another node
     now.
@@ -113,8 +114,7 @@ def repay_debts(
         }
         for row in rows
     ]
-    if parameters:
-        connection.execute(_REPAY, parameters)
+    return connection.execute(_REPAY, parameters).rowcount if parameters else 0
 
 
 def read_debts(connection: Connection, volume: VolumeId, limit: int) -> list[OwedFragment]:
@@ -144,6 +144,12 @@ def read_volume_debts(connection: Connection) -> list[VolumeDebts]:
         VolumeDebts(VolumeId(row.volume_id), row.slot, row.blocks, row.since)
         for row in connection.execute(query)
     ]
+
+
+def oldest_debt(connection: Connection) -> float | None:
+    """Since when the oldest debt is known, wall-clock seconds; None without any."""
+    since: float | None = connection.execute(select(func.min(debts.c.since))).scalar_one()
+    return since
 
 
 def _owed(row: Any) -> OwedFragment:

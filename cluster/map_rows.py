@@ -178,6 +178,7 @@ def _node_view(row: Row[Any]) -> NodeView:
         used_bytes=row.used_bytes,
         fragments=row.fragments,
         detail=row.detail,
+        disk_failed=bool(row.disk_failed),
     )
 
 

@@ -39,7 +39,7 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.ids import NodeId
-from protocol.messages import SummaryReply
+from protocol.messages import PutPurpose, SummaryReply
 from storage_node.interface import FragmentKey, NodePort, PutOutcome, StoredRecord
 from storage_node.service_state import ServiceState
 
@@ -177,11 +177,14 @@ class NodePool:
         incarnation: int,
         records: Sequence[Sequence[Buffer]],
         deadline_s: float,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
         """`NodePort.put`, remembering whether the node can be written to."""
         record = self._record(node_id)
         try:
-            outcome = await self.port(node_id).put(incarnation, records, deadline_s)
+            outcome = await self.port(node_id).put(
+                incarnation, records, deadline_s, purpose=purpose
+            )
         except _SUSPICIOUS as error:
             self._failed(node_id, Direction.WRITE, error)
             raise

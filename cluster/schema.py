@@ -195,6 +195,7 @@ unrepairable = Table(
     Column("reason", String, nullable=False),
     Column("since", Float, nullable=False),
     Column("tried", Float, nullable=False),
+    Index("unrepairable_volume", "volume_id"),
     sqlite_with_rowid=False,
 )
 

@@ -149,6 +149,8 @@ class NodeView:
     """Bytes of the fragments it holds."""
     fragments: int
     detail: str
+    disk_failed: bool = False
+    """The node says itself that its disk is bad."""
 
     @property
     def domain(self) -> FailureDomain:

@@ -181,6 +181,16 @@ def unseal_pieces(pieces: Sequence[Buffer], keyring: Keyring | None) -> tuple[Bu
     return payload
 
 
+def verify_stored(stored: Buffer) -> int:
+    """Check a stored block without opening it, which needs no key; its plain length.
+
+    Raises `CorruptFragment` for bytes that `seal` did not write, `FormatUnsupported` for those of
+    a newer version.
+    """
+    view = memoryview(stored)
+    return _verify(view[:ENVELOPE_BYTES], (view[ENVELOPE_BYTES:],)).plain_length
+
+
 def peek_plain_length(stored: Buffer) -> int:
     """The plain length that an envelope declares, unverified; zero if there is none."""
     if len(stored) < ENVELOPE_BYTES:

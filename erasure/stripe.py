@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from erasure import envelope
 from erasure.codec import Codec
 from erasure.fragment import Fragment, pack_header
-from erasure.scheme import Scheme
+from erasure.scheme import Scheme, SchemeKind
 from protocol.errors import BlockUnreadable, CorruptFragment
 from protocol.hashing import Buffer, checksum64, hash_block
 from protocol.ids import BlockHash, VolumeId
@@ -57,6 +57,73 @@ def make_stripe(
     ]
 
 
+def remake(
+    codec: Codec,
+    block: BlockHash,
+    volume: VolumeId,
+    epoch: int,
+    stored: Buffer,
+    wanted: Sequence[int],
+    scheme: Scheme,
+) -> dict[int, tuple[bytes, Buffer]]:
+    """Header and payload of the `wanted` slots of a proven stored block; as `make_stripe` made them
+    but for the epoch.
+
+    A data slot is cut out of the stored block; only parity costs an encode.
+    """
+    tag, length = _stripe_tag(stored), len(stored)
+    plain = envelope.peek_plain_length(stored)
+    if all(slot < scheme.k for slot in wanted):
+        payloads = {slot: _data_payload(scheme, stored, slot) for slot in wanted}
+    else:
+        whole = stored if isinstance(stored, bytes) else bytes(stored)
+        encoded = codec.encode(scheme, whole)
+        payloads = {slot: encoded[slot] for slot in wanted}
+    return {
+        slot: (
+            pack_header(scheme, slot, block, volume, epoch, length, payload, tag, plain),
+            payload,
+        )
+        for slot, payload in payloads.items()
+    }
+
+
+def restore_stored(
+    codec: Codec, plain_length: int, fragments: Mapping[int, Fragment], scheme: Scheme
+) -> Buffer:
+    """The stored block from exactly k verified fragments of one block, proven by its envelope.
+
+    Costs no SHA-256 and needs no key.  Raises `CorruptFragment` where anything disagrees: then
+    `recover` finds out who is wrong.
+    """
+    first = next(iter(fragments.values()))
+    for fragment in fragments.values():
+        if (fragment.scheme, fragment.stored_length, fragment.stripe_tag) != (
+            scheme,
+            first.stored_length,
+            first.stripe_tag,
+        ):
+            raise CorruptFragment(
+                f"slots {sorted(fragments)} of block {first.block} are of different stripes"
+            )
+    payloads = {slot: fragment.payload for slot, fragment in fragments.items()}
+    stored = codec.decode(scheme, payloads, first.stored_length)
+    if envelope.verify_stored(stored) != plain_length:
+        raise CorruptFragment(f"block {first.block} has another length than the index says")
+    if _stripe_tag(stored) != first.stripe_tag:
+        raise CorruptFragment(f"block {first.block} decodes to another stripe than its tag names")
+    return stored
+
+
+def _data_payload(scheme: Scheme, stored: Buffer, slot: int) -> Buffer:
+    """One data slot's chunk of a stored block, padded as the codec pads it."""
+    if scheme.kind is SchemeKind.REPLICA:
+        return stored
+    chunk = scheme.chunk_bytes(len(stored))
+    piece = memoryview(stored)[slot * chunk : (slot + 1) * chunk]
+    return piece if len(piece) == chunk else bytes(piece).ljust(chunk, b"\0")
+
+
 def recover(
     codec: Codec, keyring: Keyring | None, block: BlockHash, fragments: Mapping[int, Fragment]
 ) -> Recovered:
@@ -83,7 +150,7 @@ def recover(
     )
 
 
-def _stripe_tag(stored: bytes) -> int:
+def _stripe_tag(stored: Buffer) -> int:
     """Identifies stored bytes: the envelope's own checksum already covers all of them."""
     return checksum64(memoryview(stored)[:ENVELOPE_BYTES])
 

@@ -134,10 +134,24 @@ class Settings(BaseSettings):
     `verify_period_s` and a pass."""
     stray_grace_s: Seconds = 24 * 3600.0
     """A fragment in no row's slot is not removed before it is known for this long."""
+    node_refusing_out_after_s: Seconds = 24 * 3600.0
+    """The same for a node that answers and refuses, because its directory is empty or another's:
+    a mount to be put right, not a disk to be replaced."""
     open_volumes: int = Field(default=4, ge=1, le=64)
     """Stock of open volumes per scheme."""
     volume_bytes: Bytes = 1 * GIB
     """Stored bytes at which a volume is sealed."""
+
+    # -- repair --------------------------------------------------------------------------------
+    repair_bytes_per_s_max: Bytes = 1 * GIB
+    """Bytes of fragments that repair and moves write in a second, at most."""
+    repair_bytes_per_s_min: Bytes = 4 * MIB
+    """The same while clients are served slowly: repair yields, and never stops."""
+    repair_live_latency_s: Seconds = 0.02
+    """Nodes that take longer than this to answer a trifle while clients are served are too busy:
+    repair slows down."""
+    repair_headroom_share: float = Field(default=0.02, ge=0, le=0.5, allow_inf_nan=False)
+    """Share of a node's capacity that repair leaves free."""
 
     # -- the command line and the client -------------------------------------------------------
     server: str = Field(default=DEFAULT_SERVER, pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")
@@ -184,6 +198,10 @@ class Settings(BaseSettings):
             )
         if self.node_out_after_s < self.node_down_after_s:
             raise ValueError("node_out_after_s must not be shorter than node_down_after_s")
+        if self.node_refusing_out_after_s < self.node_out_after_s:
+            raise ValueError("node_refusing_out_after_s must not be shorter than node_out_after_s")
+        if self.repair_bytes_per_s_max < self.repair_bytes_per_s_min:
+            raise ValueError("repair_bytes_per_s_max must not be less than repair_bytes_per_s_min")
         if self.body_bytes_max < BATCH_BODY_BYTES_MAX:
             raise ValueError(
                 f"body_bytes_max must be at least {BATCH_BODY_BYTES_MAX}, the largest body"

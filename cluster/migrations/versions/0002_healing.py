@@ -49,6 +49,7 @@ def _create_repair() -> None:
         sa.Column("tried", sa.Float, nullable=False),
         sqlite_with_rowid=False,
     )
+    op.create_index("unrepairable_volume", "unrepairable", ["volume_id"])
 
 
 def _create_verification() -> None:
