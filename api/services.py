@@ -25,13 +25,14 @@ from api.metrics import Metrics
 from api.readiness import Readiness, ReadinessProbe
 from api.watcher import WatchSample
 from cluster.block_client import BlockClient
-from cluster.block_client_settings import BlockClientSettings
+from cluster.block_client_settings import BlockClientSettings, FragmentProblem
 from cluster.block_index import BlockIndex
 from cluster.cell import open_cell
 from cluster.change.desk import ChangeDesk
 from cluster.explain.losses import Losses
 from cluster.explain.why import Explainer
 from cluster.node_pool import NodePool
+from cluster.problem_log import ProblemLog
 from cluster.status import CellStatus, read_status
 from cluster.topology import SERVES_READS, NodeView
 from cluster.verify.admin import Verification
@@ -143,6 +144,13 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
         volume_map = VolumeMap(cell_db, clock)
         pool = NodePool(volume_map, connect, clock, rng)
         stack.push_async_callback(pool.aclose)
+        problems = ProblemLog(cell_db, clock)
+        stack.push_async_callback(problems.aclose)
+
+        def report(problem: FragmentProblem) -> None:
+            metrics.blocks.problem(problem)
+            problems.report(problem)
+
         blocks = BlockClient(
             index,
             volume_map,
@@ -153,7 +161,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             rng,
             run,
             BlockClientSettings(scheme=cell.scheme, compress=settings.compression),
-            metrics.blocks.problem,
+            report,
         )
         databases = {"cell": cell_db, "metadata": metadata_db}
         version = haversack_version()

@@ -18,25 +18,36 @@ from storage_node.interface import FragmentKey
 
 
 class FaultAtlas:
-    """Fragments that faults destroyed, and disks that will not come back."""
+    """Fragments that faults destroyed where they lay, and disks that will not come back."""
 
     def __init__(self) -> None:
-        self._destroyed: dict[FragmentKey, str] = {}
+        self._destroyed: dict[tuple[NodeId, FragmentKey], str] = {}
+        self._ever: dict[FragmentKey, None] = {}
         self._lost_disks: dict[NodeId, float] = {}
 
-    def destroy(self, keys: Iterable[FragmentKey], why: str) -> None:
-        """These were durable and a fault took or damaged them."""
+    def destroy(self, node: NodeId, keys: Iterable[FragmentKey], why: str) -> None:
+        """These were durable on the disk of `node`, and a fault took or damaged them."""
         for key in keys:
-            self._destroyed.setdefault(key, why)
+            self._destroyed.setdefault((node, key), why)
+            self._ever[key] = None
+
+    def restore(self, node: NodeId, keys: Iterable[FragmentKey]) -> None:
+        """These were written there again."""
+        for key in keys:
+            self._destroyed.pop((node, key), None)
 
     def lose_disk(self, node: NodeId, keys: Iterable[FragmentKey], now: float) -> None:
         """A disk is gone with all it held."""
         self._lost_disks[node] = now
-        self.destroy(keys, f"disk of {node} lost")
+        self.destroy(node, keys, f"disk of {node} lost")
 
-    def is_destroyed(self, key: FragmentKey) -> bool:
-        """Whether a fault is to blame if this fragment cannot be read."""
-        return key in self._destroyed
+    def is_destroyed(self, node: NodeId, key: FragmentKey) -> bool:
+        """Whether a fault is to blame if this fragment cannot be read from there."""
+        return (node, key) in self._destroyed
+
+    def was_destroyed(self, key: FragmentKey) -> bool:
+        """Whether a fault ever took this fragment, wherever it lay."""
+        return key in self._ever
 
     def lost_disks(self) -> list[NodeId]:
         """In the order in which they were lost."""
@@ -49,7 +60,7 @@ class FaultAtlas:
     @property
     def destroyed(self) -> int:
         """Fragments lost so far."""
-        return len(self._destroyed)
+        return len(self._ever)
 
 
 def spare_after_loss(stripes: Iterable[Stripe], node: NodeId) -> int:

@@ -69,8 +69,9 @@ def acknowledged_block_is_whole(
     if stripe.plain_bytes != length:
         message = f"the index says {stripe.plain_bytes} bytes; {length} were acknowledged"
         found.append(Violation(name, str(block), message))
-    if stripe.scheme.n - len(stripe.debts) < stripe.scheme.write_minimum:
-        message = f"debts {sorted(stripe.debts)} leave fewer slots than an acknowledgement needs"
+    unwritten = stripe.debts - stripe.destroyed
+    if stripe.scheme.n - len(unwritten) < stripe.scheme.write_minimum:
+        message = f"debts {sorted(unwritten)} leave fewer slots than an acknowledgement needs"
         found.append(Violation(name, str(block), message))
     for slot, state in enumerate(stripe.slots):
         if state is not SlotState.INTACT and slot not in stripe.lost:
@@ -79,6 +80,46 @@ def acknowledged_block_is_whole(
                 "no debt says so and no fault explains it"
             )
             found.append(Violation(name, str(block), message))
+    return found
+
+
+def repair_keeps_fragments(before: Stripe, after: Stripe, moved: int) -> list[Violation]:
+    """A slot that changes hands is verified first: at the instant of the change the block has no
+    fewer good fragments than before, and the slot's new node holds its own, or owes it."""
+    name = "repair_keeps_fragments"
+    found: list[Violation] = []
+    if len(after.intact) < len(before.intact):
+        message = (
+            f"slots {sorted(before.intact)} were intact before slot {moved} went to "
+            f"{after.nodes[moved]}, {sorted(after.intact)} after"
+        )
+        found.append(Violation(name, str(before.block), message))
+    if after.slots[moved] is not SlotState.INTACT and moved not in after.lost:
+        message = (
+            f"slot {moved} went to {after.nodes[moved]}, where it is {after.slots[moved].value}"
+        )
+        found.append(Violation(name, str(before.block), message))
+    return found
+
+
+def healed_block_is_whole(
+    stripe: Stripe, lost_nodes: frozenset[NodeId], healthy_nodes: frozenset[NodeId]
+) -> list[Violation]:
+    """Progress, long after the last fault: nothing is owed, and no slot is left on a lost disk
+    while another node could have it.  Blocks that lost more than m fragments are excused."""
+    name = "healed_block_is_whole"
+    if len(stripe.intact) < stripe.scheme.k:
+        return []
+    held = {node for node in stripe.nodes if node is not None}
+    has_room = bool(healthy_nodes - held)
+    away = {slot for slot, node in enumerate(stripe.nodes) if node is None or node in lost_nodes}
+    found: list[Violation] = []
+    owed = stripe.debts - (frozenset() if has_room else away)
+    if owed:
+        found.append(Violation(name, str(stripe.block), f"slots {sorted(owed)} are still owed"))
+    if away and has_room:
+        message = f"slots {sorted(away)} of {stripe.volume} are on no disk that works"
+        found.append(Violation(name, str(stripe.block), message))
     return found
 
 

@@ -143,13 +143,18 @@ class Nemesis:
         return self._rng.choice(self._view.nodes())
 
     def process(self) -> str:
-        """Any process; nodes are as likely together as the gateways and the placement service."""
-        others = [*self._view.gateways(), "placement"]
+        """Any process; nodes are as likely together as the gateways and the cell's services."""
+        others = [*self._view.gateways(), "placement", "repair"]
         return str(self.node()) if self._rng.random() < 0.5 else self._rng.choice(others)
 
     def writer(self) -> str:
         """A process that writes to SQL."""
-        return self._rng.choice([*self._view.gateways(), *self._view.gateways(), "placement"])
+        gateways = self._view.gateways()
+        return self._rng.choice([*gateways, *gateways, "placement", "repair"])
+
+    def service(self) -> str:
+        """A process of which there may be one."""
+        return self._rng.choice(["placement", "placement", "repair"])
 
     def down_s(self) -> float:
         """How long a killed process stays away: mostly a restart, sometimes an outage."""
@@ -166,11 +171,11 @@ class Nemesis:
         return self._rng.random()
 
     def partition(self) -> Fault:
-        """Cut a few nodes off from a gateway, from the placement service, or from both."""
+        """Cut a few nodes off from a gateway, from a service of the cell, or from all."""
         nodes = [str(node) for node in self._view.nodes()]
         count = min(len(nodes), self._rng.choice([1, 1, 1, 2, 3]))
         side = tuple(sorted(self._rng.sample(nodes, count)))
-        others = [*self._view.gateways(), "placement"]
+        others = [*self._view.gateways(), "placement", "repair"]
         if self._rng.random() < 0.5:
             others = [self._rng.choice(others)]
         return faults.Partition(side, tuple(others), self._rng.random() < 0.4, self.for_s())
@@ -218,7 +223,7 @@ _DRAWS: Mapping[FaultKind, _Draw] = {
     FaultKind.SQL_BUSY: lambda n: faults.SqlBusy(n.writer(), 1 + int(5 * n.pick())),
     FaultKind.SQL_REPLY_LOST: lambda n: faults.SqlReplyLost(n.writer(), n.pick() < 0.7),
     FaultKind.DOUBLE_START: lambda n: faults.DoubleStart(
-        "placement" if n.pick() < 0.4 else str(n.node()), n.for_s(), n.for_s()
+        n.service() if n.pick() < 0.5 else str(n.node()), n.for_s(), n.for_s()
     ),
 }
 assert set(_DRAWS) == set(FaultKind)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chaos import checkers
 from chaos.budget import FaultAtlas, Impairments
 from chaos.checkers import Violation, receipts_are_of_this_life
 from chaos.evidence import LeaseGranted, NodeEvent, WriteAcknowledged
 from chaos.sim.clock import VirtualClock
-from chaos.sim.database import SimDatabase, copy_databases
+from chaos.sim.database import SimDatabase, Watch, copy_databases
 from chaos.sim.disk import SimDisk
 from chaos.sim.gateway import GatewayParts, SimGateway, watched
 from chaos.sim.host import Host, Life
@@ -38,8 +39,11 @@ from cluster.block_index import NewBlock, RecordOutcome
 from cluster.cell import NodeSpec, add_nodes, create_cell
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
+from cluster.repair.service import RepairService
+from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeView
 from erasure.codec import Codec
+from erasure.fragment import peek_key
 from erasure.keyring import Keyring
 from metadata.accounts import Accounts
 from protocol.errors import HaversackError, NodeUnavailable
@@ -66,6 +70,7 @@ class Parts:
 
     gateway: GatewayParts = field(default_factory=GatewayParts)
     placement: type[PlacementService] = PlacementService
+    repair: type[RepairService] = RepairService
     node: type[StorageNode] = StorageNode
     make_store: Callable[[Disk], FragmentStore] = MemoryStore
 
@@ -97,6 +102,8 @@ class SimCell:
         self.tokens: dict[str, str] = {}
         self.receipt_faults: Callable[[list[Violation]], None] = lambda _: None
         """Told of every comparison of receipts with the node table."""
+        self.repair_faults: Callable[[list[Violation]], None] = lambda _: None
+        """Told of every slot that changed hands."""
         self.restarts = 0
         self._directory = directory
         self._codec = codec
@@ -116,6 +123,7 @@ class SimCell:
         database.close()
         await self._create_accounts()
         self._add_host("placement", self._start_placement)
+        self._add_host("repair", self._start_repair)
         for number in range(self.options.gateways):
             self._add_host(f"gateway-{number + 1}", self._start_gateway)
         for name in self.hosts:
@@ -334,6 +342,34 @@ class SimCell:
 
         self._guard(host, life, main())
 
+    def _start_repair(self, host: Host, life: Life) -> None:
+        service = self._parts.repair(
+            self._open_database(host, life, "cell.db", self._watch_moves),
+            host.clock,
+            host.rng("service"),
+            lambda view: self._connect(life.process, view),
+            self._codec,
+            self._keyring(),
+            _run_inline,
+            self._repair_settings(),
+            holder=f"repair-{life.number}",
+        )
+        self._may_recover(host)
+        self._guard(host, life, service.run())
+
+    def _keyring(self) -> Keyring | None:
+        return Keyring([bytes(32)]) if self.options.encrypted else None
+
+    def _repair_settings(self) -> RepairSettings:
+        """Looks seldom, because looks are most of the steps of a quiet run."""
+        return RepairSettings(
+            out_after_s=self.options.out_after_s,
+            refusing_out_after_s=2 * self.options.out_after_s,
+            look_s=3.0,
+            batch_blocks=3,
+            retry_unrepairable_s=60.0,
+        )
+
     def _start_gateway(self, host: Host, life: Life) -> None:
         parts = self._parts.gateway
         index_class = watched(parts.block_index, self._watch_puts)
@@ -346,7 +382,7 @@ class SimCell:
             host.rng("gateway"),
             _run_inline,
             self._codec,
-            Keyring([bytes(32)]) if self.options.encrypted else None,
+            self._keyring(),
             self._client_settings(),
         )
         self.gateways[host.name] = gateway
@@ -371,8 +407,10 @@ class SimCell:
         """Where the placement service that its supervisor knows of answers."""
         return f"placement:{self.hosts['placement'].lives}"
 
-    def _open_database(self, host: Host, life: Life, name: str) -> SimDatabase:
-        database = SimDatabase(self._directory / name, host.rng(name), host.sql_faults)
+    def _open_database(
+        self, host: Host, life: Life, name: str, watch: Watch | None = None
+    ) -> SimDatabase:
+        database = SimDatabase(self._directory / name, host.rng(name), host.sql_faults, watch)
         life.closers.append(database.close)
         return database
 
@@ -411,6 +449,11 @@ class SimCell:
         elif answered.method == "put" and ItemStatus.OK in answered.result.statuses:
             incarnation = answered.result.incarnation
             self.node_events.append(WriteAcknowledged(node_id, life, incarnation, now))
+            records = answered.args[1]
+            for record, status in zip(records, answered.result.statuses, strict=True):
+                if status is ItemStatus.OK:
+                    volume, block, slot, _ = peek_key(record)
+                    self.atlas.restore(node_id, [FragmentKey(volume, block, slot)])
 
     def _watch_puts(self, entries: Sequence[NewBlock]) -> Callable[[Sequence[RecordOutcome]], None]:
         """Compare the receipts of what gets recorded with the node table as it was before."""
@@ -424,6 +467,23 @@ class SimCell:
                         self.receipt_faults(
                             receipts_are_of_this_life(node_id, incarnation, known[node_id])
                         )
+
+        return judge
+
+    def _watch_moves(self) -> Callable[[], None]:
+        """Compare every volume of which a slot changes hands before and after."""
+        begun = self.inspector.moves()
+        before = {volume: self.inspector.stripes_of(volume) for volume, _, _ in begun}
+
+        def judge() -> None:
+            left = set(self.inspector.moves())
+            for volume, slot, target in begun:
+                if (volume, slot, target) in left:
+                    continue
+                for block, stripe in self.inspector.stripes_of(volume).items():
+                    was = before[volume][block]
+                    if stripe.nodes[slot] == target != was.nodes[slot]:
+                        self.repair_faults(checkers.repair_keeps_fragments(was, stripe, slot))
 
         return judge
 

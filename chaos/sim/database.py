@@ -31,6 +31,10 @@ from sql.migrations import upgrade
 
 T = TypeVar("T")
 
+Watch = Callable[[], Callable[[], None]]
+"""Called before each transaction; what it returns is called after its commit, in the same
+instant."""
+
 READ_MEAN_S = 0.0002
 WRITE_MEAN_S = 0.002
 """A synced COMMIT of a small group on a good disk."""
@@ -74,8 +78,11 @@ class SqlFaults:
 class SimDatabase(Database):
     """One process's view of one database file."""
 
-    def __init__(self, path: Path, rng: random.Random, faults: SqlFaults) -> None:
+    def __init__(
+        self, path: Path, rng: random.Random, faults: SqlFaults, watch: Watch | None = None
+    ) -> None:
         super().__init__(sqlite_url(path), inline=True, engines=_engines(path))
+        self._watch = watch
         self._rng = rng
         self._faults = faults
 
@@ -100,7 +107,10 @@ class SimDatabase(Database):
             raise UnknownOutcome("simulated: connection lost in COMMIT, which was not reached")
         if fault == "kill_before":
             await self._die()
+        judge = None if self._watch is None else self._watch()
         result = self.transact(work)
+        if judge is not None:
+            judge()
         if fault == "kill_after":
             await self._die()
         await asyncio.sleep(pause_s)

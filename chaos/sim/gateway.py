@@ -17,6 +17,7 @@ from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import BlockIndex, NewBlock, RecordOutcome
 from cluster.node_pool import NodePool
+from cluster.problem_log import ProblemLog
 from cluster.topology import NodeView
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
@@ -85,8 +86,18 @@ class SimGateway:
         self.index = parts.block_index(cell_db, clock)
         self.map = parts.volume_map(cell_db, clock)
         self.pool = parts.node_pool(self.map, connect, clock, rng)
+        self.problems = ProblemLog(cell_db, clock)
         self.blocks = parts.block_client(
-            self.index, self.map, self.pool, codec, keyring, clock, rng, run, settings
+            self.index,
+            self.map,
+            self.pool,
+            codec,
+            keyring,
+            clock,
+            rng,
+            run,
+            settings,
+            self.problems.report,
         )
         self.tree = parts.tree(metadata_db, clock)
         self.accounts = Accounts(metadata_db, clock, rng.randbytes)

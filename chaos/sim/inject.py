@@ -193,7 +193,7 @@ class Injector:
     def corrupt_record(self, fault: faults.CorruptRecord) -> None:
         key = self._spare_record(fault.node, fault.pick)
         if key is not None:
-            self._damaged(fault.kind, key)
+            self._damaged(fault.kind, fault.node, key)
             self._cell.disks[fault.node].damage(key, fault.damage, noticed=fault.noticed)
 
     def swap_records(self, fault: faults.SwapRecords) -> None:
@@ -203,18 +203,18 @@ class Injector:
             other for other in disk.stored_keys() if other != key and disk.peek(other) is not None
         ]
         if key is not None and others:
-            self._damaged(fault.kind, key)
+            self._damaged(fault.kind, fault.node, key)
             disk.swap(key, self._rng.choice(others))
 
     def drop_record(self, fault: faults.DropRecord) -> None:
         key = self._spare_record(fault.node, fault.pick)
         if key is not None:
-            self._damaged(fault.kind, key)
+            self._damaged(fault.kind, fault.node, key)
             self._cell.disks[fault.node].drop(key)
 
-    def _damaged(self, kind: FaultKind, key: FragmentKey) -> None:
+    def _damaged(self, kind: FaultKind, node: NodeId, key: FragmentKey) -> None:
         self._fired[kind] += 1
-        self._cell.atlas.destroy([key], kind)
+        self._cell.atlas.destroy(node, [key], kind)
 
     def _spare_record(self, node: NodeId, pick: float) -> FragmentKey | None:
         """An intact fragment of a stripe that can lose one more."""

@@ -85,8 +85,28 @@ class Inspector:
         slots = (SlotState.INTACT,) * scheme.n
         if read_disks:
             slots = tuple(self._slot(nodes[key.slot], key) for key in keys)
-        destroyed = frozenset(key.slot for key in keys if self._atlas.is_destroyed(key))
+        destroyed = frozenset(key.slot for key in keys if self._took(nodes[key.slot], key, debts))
         return Stripe(block, volume, scheme, row[2], tuple(nodes), slots, debts, destroyed)
+
+    def _took(self, node_id: NodeId | None, key: FragmentKey, debts: frozenset[int]) -> bool:
+        """Whether a fault took the fragment: here, or where it lay before its slot was placed anew
+        without it, which is a debt."""
+        if key.slot in debts and self._atlas.was_destroyed(key):
+            return True
+        return node_id is not None and self._atlas.is_destroyed(node_id, key)
+
+    def moves(self) -> list[tuple[VolumeId, int, NodeId]]:
+        """Slots being made, and where."""
+        rows = self._cell.execute("SELECT volume_id, slot, target FROM slot_moves").fetchall()
+        return [(VolumeId(volume), slot, NodeId(target)) for volume, slot, target in rows]
+
+    def stripes_of(self, volume: VolumeId) -> dict[BlockHash, Stripe]:
+        """The blocks of one volume."""
+        rows = self._cell.execute(
+            "SELECT hash, volume_id, plain_bytes FROM blocks WHERE volume_id = ? ORDER BY hash",
+            (int(volume),),
+        ).fetchall()
+        return {BlockHash(row[0]): self._stripe(row) for row in rows}
 
     def _slot(self, node_id: NodeId | None, key: FragmentKey) -> SlotState:
         record = None if node_id is None else self._read_disk(node_id, key)

@@ -58,6 +58,7 @@ class SimJudge:
         self.excused_puts = 0
         self.seen: list[Seen] = []
         cell.receipt_faults = lambda found: self.rule("receipts_are_of_this_life", found)
+        cell.repair_faults = lambda found: self.rule("repair_keeps_fragments", found)
 
     def rule(self, checker: str, violations: Sequence[Violation]) -> None:
         """Count a check; end the run if it found something."""
@@ -77,6 +78,7 @@ class SimJudge:
         touched = self._cell.impairments.touched(
             operation.started - EXCUSE_GRACE_S, operation.ended
         )
+        touched.pop("repair", None)  # no put waits for it
         nodes = {str(node) for node in self._cell.disks}
         if operation.outcome is Outcome.UNKNOWN or any(
             name not in nodes or why in UNSEEN_BY_PLACEMENT for name, why in touched.items()

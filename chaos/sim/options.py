@@ -53,6 +53,8 @@ class Options:
     """Idle time before the last look: leases and timers go on."""
     workload: WorkloadPlan
     nemesis: NemesisPlan
+    out_after_s: float = 30.0
+    """After which a node that is down counts as lost for good."""
 
     def describe(self) -> list[str]:
         """Lines for a report."""
@@ -64,6 +66,7 @@ class Options:
             f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
             f"drift up to {self.clock_drift:.4%}; leases every {self.lease_interval_s:g} s, maps "
             f"up to {self.map_age_s:g} s old, {self.rows_cached} rows cached",
+            f"repair: nodes are out after {self.out_after_s:.0f} s",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
             f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
             f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
@@ -103,6 +106,7 @@ def draw_options(seed: int) -> Options:
         quiet_s=rng.choice([20.0, 60.0, 240.0]),
         workload=WorkloadPlan.draw(rng, rng.randint(200, 340), fault_s),
         nemesis=NemesisPlan.draw(rng, scheme.m, nodes, fault_s / faults),
+        out_after_s=rng.choice([10.0, 30.0, 90.0, 900.0]),
     )
 
 

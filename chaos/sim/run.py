@@ -30,6 +30,8 @@ from typing import Any
 
 import structlog
 
+from chaos import checkers
+from chaos.checkers import Violation
 from chaos.faults import FaultKind
 from chaos.ledger import Kind, Ledger, Operation, Outcome
 from chaos.nemesis import Nemesis
@@ -52,6 +54,12 @@ READY_S = 120.0
 
 CONVERGE_S = 300.0
 """After the last fault: every node with a disk is up, and puts are whole again."""
+
+HEAL_S = 300.0
+"""After that, and after lost nodes are out: everything lost is made again."""
+
+OUT_WAITED_FOR_S_MAX = 300.0
+"""Runs in which a node is out later do not wait for it."""
 
 STEPS_PER_RUN_MAX = 60_000_000
 
@@ -143,6 +151,7 @@ class SimRun:
         await self._until_whole_puts("ready", READY_S)
         await self._fault_phase()
         await self._until_whole_puts("converged", CONVERGE_S)
+        await self._until_healed()
         await asyncio.sleep(self.options.quiet_s)
         for name in list(self.cell.gateways):
             self.cell.kill(name, 0.1, "forget caches")
@@ -195,6 +204,28 @@ class SimRun:
                 raise LivenessViolation(f"not {what} after {within_s:.0f} s: {problem}")
             await asyncio.sleep(1.0)
         self.trace.record("run", what)
+
+    async def _until_healed(self) -> None:
+        """Debts are repaid, and no slot is left on a lost disk while another node could have it."""
+        out_after_s = self.options.out_after_s
+        give_up_at = self.loop.time() + HEAL_S + 3 * min(out_after_s, OUT_WAITED_FOR_S_MAX)
+        while found := self._unhealed():
+            if self.loop.time() > give_up_at:
+                raise LivenessViolation("; ".join(str(violation) for violation in found[:3]))
+            await asyncio.sleep(2.0)
+        self.trace.record("run", "healed")
+        self.judge.checks["healed_block_is_whole"] += 1
+
+    def _unhealed(self) -> list[Violation]:
+        lost = frozenset(self.cell.atlas.lost_disks())
+        healthy = frozenset(self.cell.disks) - lost
+        if self.options.out_after_s > OUT_WAITED_FOR_S_MAX:
+            healthy = frozenset()  # too patient for a run to wait for
+        return [
+            violation
+            for stripe in self.cell.inspector.stripes().values()
+            for violation in checkers.healed_block_is_whole(stripe, lost, healthy)
+        ]
 
     async def _problem(self) -> str | None:
         lost = self.cell.atlas.lost_disks()

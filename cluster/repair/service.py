@@ -54,7 +54,7 @@ from protocol.errors import HaversackError, NotLeader, RetryLater, UnknownOutcom
 from protocol.ids import NodeId, VolumeId
 from sql.database import Database
 from storage_node.interface import NodePort
-from storage_node.service_state import ServiceState
+from storage_node.service_state import Fault, ServiceState
 
 T = TypeVar("T")
 
@@ -300,8 +300,10 @@ class RepairService:
             reply = await self._pool.port(node.node_id).summary(_WORD_S)
         except HaversackError:
             return NodeWord.SILENT
-        serves = reply.state == ServiceState.SERVING
-        return NodeWord.SERVES if serves else NodeWord.REFUSES
+        if reply.state == ServiceState.SERVING:
+            return NodeWord.SERVES
+        # A bad disk does not come back; a directory may.
+        return NodeWord.SILENT if reply.fault == Fault.DISK else NodeWord.REFUSES
 
     def _take_results(self, results: list[VolumeResult]) -> bool:
         """Remember who was unfit and what must wait; True if anything moved."""

@@ -112,10 +112,14 @@ def test_what_is_spare_after_a_loss_counts_debts_and_losses_once() -> None:
 def test_the_atlas_remembers_what_faults_took() -> None:
     atlas = FaultAtlas()
     key = FragmentKey(VolumeId(1), BlockHash(bytes(32)), 2)
-    assert not atlas.is_destroyed(key)
+    assert not atlas.is_destroyed(NODES[0], key)
     assert atlas.last_loss() == -math.inf
     atlas.lose_disk(NODES[0], [key], 12.0)
-    assert atlas.is_destroyed(key)
+    assert atlas.is_destroyed(NODES[0], key)
+    assert not atlas.is_destroyed(NODES[1], key)
+    atlas.restore(NODES[0], [key])
+    assert not atlas.is_destroyed(NODES[0], key)
+    assert atlas.was_destroyed(key)
     assert atlas.lost_disks() == [NODES[0]]
     assert atlas.last_loss() == 12.0
 
