@@ -39,7 +39,7 @@ from cluster.verify.admin import Verification
 from cluster.verify.canaries import Canaries, CanarySettings
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
-from erasure.keyring import Keyring
+from erasure.keyring import read_keyring
 from metadata.accounts import Accounts
 from metadata.tree import Tree
 from protocol.clock import Clock
@@ -103,16 +103,6 @@ def read_secret(path: Path) -> bytes:
         return bytes.fromhex(path.read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"the cluster secret {path} cannot be read") from error
-
-
-def read_keyring(path: Path | None) -> Keyring | None:
-    """Keys of encryption at rest; None when it is off.  Raises `ConfigInvalid`."""
-    if path is None:
-        return None
-    try:
-        return Keyring.parse(path.read_text(encoding="ascii"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(f"the key file {path} cannot be read") from error
 
 
 @contextlib.asynccontextmanager

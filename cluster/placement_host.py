@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -82,7 +82,7 @@ class PlacementHost:
             self._database,
             SystemClock(),
             random.Random(os.urandom(16)),
-            _socket_ports(self._database, settings),
+            socket_ports(self._database, settings),
             placement_settings(settings),
             holder=f"pid {os.getpid()}",
         )
@@ -103,7 +103,7 @@ def placement_settings(settings: Settings) -> PlacementSettings:
     )
 
 
-def _socket_ports(database: Database, settings: Settings) -> Any:
+def socket_ports(database: Database, settings: Settings) -> Callable[[NodeView], NodePort]:
     """Connections to data ports, as the cell's member."""
     cell = open_cell(database)
     if cell is None:

@@ -14,6 +14,9 @@ NAMESPACE = "haversack"
 PLACEMENT_NAME = "placement"
 """Name of the placement actor in it."""
 
+REPAIR_NAME = "repair"
+"""Name of the repair actor in it."""
+
 
 def ray_environment(token_file: Path) -> dict[str, str]:
     """Environment of a cell's Ray processes on one machine."""

@@ -1,11 +1,11 @@
 """The controller of a one-machine cell: the only Ray driver (`python -m cluster.supervisor`).
 
 Started and restarted by `haversack up`.  Walk: start Ray, end the Ray services that a cell does
-not need, create the placement actor and one storage-node actor per member of the plan file, watch
-Ray's own processes, start and stop the actors of nodes that come and go (the plan file changes),
-stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or
-raylet dies this process ends, and `haversack up` starts it again: the cold start from SQL and
-disks is the ordinary start.
+not need, create the placement actor, one storage-node actor per member of the plan file and the
+repair actor, watch Ray's own processes, start and stop the actors of nodes that come and go (the
+plan file changes), stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or raylet
+dies this process ends, and `haversack up` starts it again: the cold start from SQL and disks is the
+ordinary start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import ray
 
 from cluster.actor import remote_placement
 from cluster.controller_plan import ControllerPlan, PlannedNode, read_plan
-from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME
+from cluster.ray_environment import NAMESPACE, PLACEMENT_NAME, REPAIR_NAME
+from cluster.repair.actor import remote_repair
 from protocol.allocator import release_free_memory
 from protocol.ids import NodeId
 from protocol.limits import MIB
@@ -68,6 +69,7 @@ class Supervisor:
         self._stopping = threading.Event()
         self._session = new_session(data / "ray.session")
         self._placement: Any = None
+        self._repair: Any = None
         self._nodes: dict[str, Any] = {}
         self._leaving: list[_Leaving] = []
 
@@ -89,6 +91,7 @@ class Supervisor:
         self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(self._data))
         for node in self._plan.nodes:
             self._start_node(node)
+        self._repair = remote_repair().options(name=REPAIR_NAME).remote(str(self._data))
         release_free_memory()
 
     def _start_node(self, node: PlannedNode) -> None:
@@ -151,6 +154,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Close every store, then Ray.  Whatever does not answer in time is killed with Ray."""
+        ray.wait([self._repair.stop.remote()], timeout=STOP_NODE_S)
         calls = [node.stop.remote() for node in self._nodes.values()]
         _, late = ray.wait(calls, num_returns=len(calls), timeout=STOP_NODE_S)
         if late:

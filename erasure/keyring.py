@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -128,3 +129,13 @@ class Keyring:
                 f"stored block does not authenticate under key {key_id:08x}"
             ) from error
         return plain
+
+
+def read_keyring(path: Path | None) -> Keyring | None:
+    """Keys of encryption at rest from their file; None when it is off.  Raises `ConfigInvalid`."""
+    if path is None:
+        return None
+    try:
+        return Keyring.parse(path.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"the key file {path} cannot be read") from error

@@ -1,0 +1,113 @@
+"""The life of the repair service's process: open the database, lead, try again, stop.
+
+Held by its Ray shell (`cluster/repair/actor.py`).  Everything around `RepairService` that deals
+with real files, sockets, threads and the clock; imports no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from cluster.placement_host import socket_ports
+from cluster.repair.service import RepairService
+from cluster.repair.settings import RepairSettings
+from erasure.codec import Codec
+from erasure.keyring import read_keyring
+from protocol.allocator import release_free_memory, reuse_large_buffers, share_one_arena
+from protocol.clock import SystemClock
+from protocol.config import Settings, load
+from protocol.errors import HaversackError, NotLeader
+from protocol.limits import MIB
+from protocol.logs import open_log
+from sql.database import Database
+from sql.engine import sqlite_url
+
+log = structlog.get_logger()
+
+RETRY_S: Final = 1.0
+"""Pause before the service is started again after a failure."""
+
+THREADS: Final = 2
+"""For decoding and encoding; more only fight for the interpreter."""
+
+KEPT_BYTES: Final = 96 * MIB
+"""Freed memory that the allocator keeps for the next batches."""
+
+
+class RepairHost:
+    """One event loop, one service, one database."""
+
+    def __init__(self, data: Path) -> None:
+        """`data`: directory of the cell."""
+        reuse_large_buffers(KEPT_BYTES)
+        share_one_arena()
+        self._data = data
+        self._service: RepairService | None = None
+        self._database: Database | None = None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="repair")
+
+    async def run(self) -> None:
+        """Lead for ever, whatever happens to the settings or the database."""
+        while True:
+            try:
+                settings = load(data=self._data)
+                open_log(self._data / "logs" / "repair.log")
+                await self._lead(settings)
+            except NotLeader:
+                # A newer copy leads; taking the role back would only make the two take turns.
+                log.error("a newer repair service leads this cell: this one stays idle")
+                return
+            except HaversackError as error:
+                log.error("repair failed", kind=error.kind, error=error.message)
+            except Exception:
+                log.exception("repair failed")
+            await asyncio.sleep(RETRY_S)
+
+    async def stop(self) -> None:
+        """Close the database.  Idempotent."""
+        if self._service is not None:
+            await self._service.stop()
+        if self._database is not None:
+            await self._database.aclose()
+        self._threads.shutdown(wait=False)
+
+    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def _lead(self, settings: Settings) -> None:
+        if self._database is None:
+            self._database = Database(sqlite_url(settings.cell_database))
+        self._service = RepairService(
+            self._database,
+            SystemClock(),
+            random.Random(os.urandom(16)),
+            socket_ports(self._database, settings),
+            Codec(),
+            read_keyring(settings.encryption_key_file),
+            self._run,
+            repair_settings(settings),
+            holder=f"pid {os.getpid()}",
+        )
+        await self._service.start()
+        asyncio.get_running_loop().call_soon(release_free_memory)
+        await self._service.run()
+
+
+def repair_settings(settings: Settings) -> RepairSettings:
+    """What an operator may set of repair's times and amounts."""
+    return RepairSettings(
+        out_after_s=settings.node_out_after_s,
+        refusing_out_after_s=settings.node_refusing_out_after_s,
+        bytes_per_s_max=float(settings.repair_bytes_per_s_max),
+        bytes_per_s_min=float(settings.repair_bytes_per_s_min),
+        live_latency_s=settings.repair_live_latency_s,
+        headroom_share=settings.repair_headroom_share,
+    )
