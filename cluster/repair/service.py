@@ -155,6 +155,11 @@ class RepairService:
 
     # -- the role ----------------------------------------------------------------------------------
 
+    @property
+    def epoch(self) -> int:
+        """Of the role row, once started."""
+        return self._epoch
+
     async def start(self) -> None:
         """Take the role from whoever had it.  Raises `DatabaseBusy`."""
         now = self._clock.wall()

@@ -38,7 +38,7 @@ from protocol.errors import (
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId, VolumeId
 from protocol.limits import KIB, MIB
-from protocol.messages import ItemStatus, SummaryReply
+from protocol.messages import ItemStatus, PutPurpose, SummaryReply
 from storage_node.interface import FragmentKey, NodePort, PutOutcome, StoredRecord
 from storage_node.service_state import ServiceState
 
@@ -106,8 +106,14 @@ class ScriptedPort:
         self.closed = False
 
     async def put(
-        self, incarnation: int, records: Sequence[Sequence[Buffer]], deadline_s: float
+        self,
+        incarnation: int,
+        records: Sequence[Sequence[Buffer]],
+        deadline_s: float,
+        *,
+        purpose: PutPurpose = PutPurpose.CLIENT,
     ) -> PutOutcome:
+        assert purpose is PutPurpose.CLIENT
         await self._answer()
         if self.put_error is not None:
             raise self.put_error
