@@ -13,14 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from sqlalchemy import Connection, text
 
 from cluster import map_rows
 from cluster.cell import NodeSpec, create_cell, prepare_schema
 from cluster.explain.domains import Level, domains_at
-from cluster.explain.slot_table import read_slot_table
+from cluster.explain.slot_table import SlotTable, read_slot_table
 from cluster.explain.what_if import lose, worst_of
-from cluster.topology import NodeState
+from cluster.topology import NodeState, NodeView
 from erasure.scheme import Scheme
 from protocol.clock import SystemClock
 from protocol.ids import NodeId
@@ -58,32 +59,64 @@ def fill(db: Database, volumes: int, nodes: int) -> None:
     db.transact(lambda connection: connection.execute(text(counters)))
 
 
+def at_random(volumes: int, nodes: int) -> SlotTable:
+    """The same table without the database."""
+    rng = np.random.default_rng(1)
+    # Neighbours on a ring: distinct, without a permutation per volume.
+    slots = (rng.integers(nodes, size=(volumes, 1)) + np.arange(SCHEME.n) * 7) % nodes
+    views = tuple(
+        NodeView(
+            NodeId(f"node-{number:05d}"), f"s{number}", "", f"host-{number}",
+            f"rack-{number // NODES_PER_RACK}", 1.0, NodeState.UP, 0.0, 1, "h:1", 1,
+            10**12, 10**12, 0, 0, "",
+        )
+        for number in range(nodes)
+    )  # fmt: skip
+    return SlotTable(
+        nodes=views,
+        schemes=(SCHEME,),
+        volume_ids=np.arange(1, volumes + 1),
+        scheme_of=np.zeros(volumes, np.int32),
+        slots=slots.astype(np.int32),
+        blocks=np.full(volumes, 300),
+        stored_bytes=np.full(volumes, 10**9),
+    )
+
+
+def read_back(volumes: int, nodes: int) -> SlotTable:
+    """Write the table to SQLite and time its reading."""
+    with tempfile.TemporaryDirectory() as directory:
+        db = Database(sqlite_url(Path(directory) / "cell.db"), inline=True)
+        prepare_schema(db)
+        fill(db, volumes, nodes)
+        started = time.perf_counter()
+        table = db.read_now(read_slot_table)
+        print(f"read      {time.perf_counter() - started:8.3f} s")
+        db.close()
+    return table
+
+
 def main() -> None:
     """Print one line per step."""
     parser = argparse.ArgumentParser(prog="python -m bench.what_if")
     parser.add_argument("--volumes", type=int, default=100_000)
     parser.add_argument("--nodes", type=int, default=1_000)
+    parser.add_argument("--arrays", action="store_true", help="without a database")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        db = Database(sqlite_url(Path(directory) / "cell.db"), inline=True)
-        prepare_schema(db)
-        fill(db, given.volumes, given.nodes)
+    make = at_random if given.arrays else read_back
+    table = make(given.volumes, given.nodes)
+    print(f"{len(table.volume_ids)} volumes, {len(table.nodes)} nodes")
+    for level in Level:
+        domain = domains_at(level, table.nodes)[0]
         started = time.perf_counter()
-        table = db.read_now(read_slot_table)
-        print(f"{len(table.volume_ids)} volumes, {len(table.nodes)} nodes")
-        print(f"read      {time.perf_counter() - started:8.3f} s")
-        for level in Level:
-            domain = domains_at(level, table.nodes)[0]
-            started = time.perf_counter()
-            report = lose(table, [domain])
-            seconds = time.perf_counter() - started
-            print(f"lose {level:4} {seconds:8.3f} s  {report.rebuilding.slots} slots to make")
-        for level in Level:
-            started = time.perf_counter()
-            worst = worst_of(table, level)
-            seconds = time.perf_counter() - started
-            print(f"any {level:5} {seconds:8.3f} s  {worst[0].domain}")
-        db.close()
+        report = lose(table, [domain])
+        seconds = time.perf_counter() - started
+        print(f"lose {level:4} {seconds:8.3f} s  {report.rebuilding.slots} slots to make")
+    for level in Level:
+        started = time.perf_counter()
+        worst = worst_of(table, level)
+        seconds = time.perf_counter() - started
+        print(f"any {level:5} {seconds:8.3f} s  {worst[0].domain}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"peak memory {peak} MiB")
 

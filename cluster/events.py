@@ -4,9 +4,9 @@ Written inside the transactions that made it happen (placement, repair, verifier
 is there exactly if the change is.  Nothing decides by them.  Functions over a connection; imports
 neither Ray nor a clock.
 
-The table holds the last `EVENTS_KEPT` events and at most `_PRUNE_EVERY` more.  A loss of many
-blocks must not push everything else out: one event tells of a volume and a count, not one of each
-block.
+The table holds the last `EVENTS_KEPT` events and at most `_PRUNE_EVERY` more; alarms, which stand
+until they are cleared, are kept `_ALARMS_KEPT_TIMES` as long.  A loss of many blocks must not push
+everything else out: one event tells of a volume and a count, not one of each block.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ DETAIL_CHARACTERS_MAX: Final = 300
 
 _PRUNE_EVERY: Final = 256
 """Events between two prunings: each deletes about so many rows from the old end of the key."""
+
+_ALARMS_KEPT_TIMES: Final = 10
 
 CELL: Final = "cell"
 """Subject of what concerns no single node, volume, block or job."""
@@ -86,7 +88,7 @@ def record_event(
     assert row is not None
     (event_id,) = row
     if event_id % _PRUNE_EVERY == 0:
-        connection.execute(delete(events).where(events.c.event_id <= event_id - EVENTS_KEPT))
+        _prune(connection, event_id)
 
 
 def read_events(
@@ -100,6 +102,15 @@ def read_events(
         Event(row.event_id, row.at, EventKind(row.kind), row.subject, row.detail)
         for row in connection.execute(query)
     ]
+
+
+def _prune(connection: Connection, newest: int) -> None:
+    """An alarm and its clearing go together: one without the other would say the opposite."""
+    alarms = (EventKind.ALARM_RAISED.value, EventKind.ALARM_CLEARED.value)
+    old = events.c.event_id <= newest - EVENTS_KEPT
+    connection.execute(delete(events).where(old, events.c.kind.not_in(alarms)))
+    older = events.c.event_id <= newest - _ALARMS_KEPT_TIMES * EVENTS_KEPT
+    connection.execute(delete(events).where(older))
 
 
 def _short(detail: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from cell_rows import START, HandClock, empty_database, new_cell
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
 from cluster import events
+from cluster.alarms import read_raised
 from cluster.events import CELL, EventKind, read_events, record_event
 from cluster.schema import events as table
 from protocol.ids import BlockHash, NodeId, VolumeId
@@ -45,8 +46,8 @@ def test_events_of_a_subject_come_newest_first(db: Database) -> None:
 
 
 def test_an_event_is_there_exactly_if_its_transaction_is(db: Database) -> None:
-    def work(connection: object) -> None:
-        record_event(connection, 1.0, EventKind.LEADER, CELL)  # type: ignore[arg-type]
+    def work(connection: Connection) -> None:
+        record_event(connection, 1.0, EventKind.LEADER, CELL)
         raise RuntimeError("the change failed")
 
     before = db.read_now(read_events)
@@ -60,9 +61,9 @@ def test_the_table_stays_bounded_and_keeps_the_newest(
 ) -> None:
     monkeypatch.setattr(events, "EVENTS_KEPT", 300)
 
-    def work(connection: object) -> None:
+    def work(connection: Connection) -> None:
         for at in range(2_000):
-            record_event(connection, float(at), EventKind.NODE_STATE, CELL)  # type: ignore[arg-type]
+            record_event(connection, float(at), EventKind.NODE_STATE, CELL)
 
     db.transact(work)
     count = db.read_now(lambda c: c.execute(select(func.count()).select_from(table)).scalar_one())
@@ -70,6 +71,22 @@ def test_the_table_stays_bounded_and_keeps_the_newest(
     assert [event.at for event in db.read_now(lambda c: read_events(c, limit=300))] == [
         float(at) for at in range(1_999, 1_699, -1)
     ]
+
+
+def test_an_alarm_outlives_the_noise_around_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "EVENTS_KEPT", 300)
+
+    def work(connection: Connection) -> None:
+        record_event(connection, 1.0, EventKind.ALARM_RAISED, "canary-1", "nobody noticed")
+        record_event(connection, 1.0, EventKind.ALARM_RAISED, "canary-2", "nobody noticed")
+        record_event(connection, 2.0, EventKind.ALARM_CLEARED, "canary-2")
+        for at in range(1_500):
+            record_event(connection, float(at), EventKind.NODE_STATE, CELL)
+
+    db.transact(work)
+    assert [alarm.subject for alarm in db.read_now(read_raised)] == ["canary-1"]
 
 
 def test_a_long_detail_is_cut(db: Database) -> None:
