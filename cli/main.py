@@ -259,6 +259,13 @@ def fsck(
     deep: Annotated[
         bool, typer.Option("--deep", help="Read every record, not one of each block.")
     ] = False,
+    rebuild_index: Annotated[
+        bool, typer.Option("--rebuild-index", help="Make cell.db again from the disks alone.")
+    ] = False,
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="The cell's, if its disks do not say (--rebuild-index)."),
+    ] = None,
     node_directory: Annotated[
         list[Path] | None,
         typer.Option("--node-directory", help="A node's directory elsewhere; may be repeated."),
@@ -266,11 +273,17 @@ def fsck(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare the disks of a stopped cell with its databases; writes nothing."""
+    """Compare the disks of a stopped cell with its databases; writes nothing, unless asked to make
+    the block index again."""
     from cli import fsck as check
 
     others = tuple(node_directory or ())
-    raise typer.Exit(check.report(data, others, check.Manner(deep, json, quiet)))
+    manner = check.Manner(deep, json, quiet)
+    if rebuild_index:
+        raise typer.Exit(check.rebuild_index(data, others, scheme, manner))
+    if scheme is not None:
+        raise ConfigInvalid("--scheme is for --rebuild-index")
+    raise typer.Exit(check.report(data, others, manner))
 
 
 @app.command()

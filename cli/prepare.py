@@ -27,6 +27,7 @@ from cluster.cell import (
     open_cell,
     prepare_schema,
 )
+from cluster.fsck import switch
 from cluster.members import RACK, format_directory, write_controller_plan
 from erasure.scheme import Scheme
 from metadata.accounts import Accounts
@@ -51,6 +52,7 @@ def prepare(settings: Settings) -> None:
     directory that holds something else, `FormatUnsupported` for a newer version's cell.
     """
     settings.data.mkdir(parents=True, exist_ok=True)
+    switch.finish(settings.data)  # of an index that was rebuilt and not yet put in place
     _secret_file(settings.data / "cluster.secret")
     _secret_file(settings.data / "ray.token")
     database = Database(sqlite_url(settings.cell_database), inline=True)
@@ -90,6 +92,12 @@ def _cell(database: Database, settings: Settings) -> Cell:
     cell = open_cell(database, asked)
     if cell is not None:
         return cell
+    if any((settings.data / "nodes").glob(f"*/{identity.IDENTITY_FILE}")):
+        raise ConfigInvalid(
+            f"{settings.data} has nodes and no cell in cell.db: put that file back, or make it "
+            f"again with `haversack fsck {settings.data} --rebuild-index`",
+            {"directory": str(settings.data)},
+        )
     scheme = Scheme.parse(settings.scheme)
     if settings.nodes < scheme.write_minimum:
         raise ConfigInvalid(

@@ -8,6 +8,7 @@ fragments stay on their disks.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -71,25 +72,36 @@ class Holders(NamedTuple):
 class ClaimCount:
     """Counts the claims to the slots of one volume; memory does not depend on its blocks.
 
-    A move leaves the old node's fragments behind as strays, and a node that was away keeps those of
-    deleted blocks.  So a claim is judged by the blocks that the *other* slots vouch for, and where
-    two nodes hold as many of these, the later epoch is the slot's.  A move that did not end holds
-    fewer, whatever its epoch.
+    A move leaves the old node's fragments behind as strays, deleted blocks among them, and its new
+    epoch says nothing about whether it ended.  So a claim is judged by the blocks that *other*
+    slots vouch for, and where two nodes hold as many of these, the later epoch is the slot's.  A
+    move that did not end holds fewer, whatever its epoch.
+
+    Strays of two slots could vouch for each other's deleted blocks.  So once it is known which
+    slots are contested, the claims are counted again with the others as the only witnesses.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, witnesses: frozenset[int] | None = None) -> None:
+        """`witnesses`: slots that nobody contests; all slots if None."""
         self._slots = scheme.n
-        self._witnesses = min(scheme.k, scheme.n - 1)
+        self._witnesses = frozenset(range(scheme.n)) if witnesses is None else witnesses
+        self._needed = min(scheme.k, scheme.n - 1, len(self._witnesses))
         self._counts: dict[tuple[int, int], list[int]] = {}
 
     def add(self, fragments: Sequence[tuple[int, int]]) -> None:
         """Count one block, given (slot, node) of each of its fragments."""
-        vouched = len({slot for slot, _ in fragments}) - 1 >= self._witnesses
+        seen = {slot for slot, _ in fragments} & self._witnesses
         for claim in fragments:
             if claim[0] < self._slots:
                 counts = self._counts.setdefault(claim, [0, 0])
-                counts[0] += vouched
+                counts[0] += len(seen) - (claim[0] in seen) >= self._needed
                 counts[1] += 1
+
+    @property
+    def uncontested(self) -> frozenset[int]:
+        """Slots that exactly one node claims."""
+        claims = Counter(slot for slot, _ in self._counts)
+        return frozenset(slot for slot, count in claims.items() if count == 1)
 
     def holders(self, epoch_of: Callable[[int], int]) -> Holders:
         """The best claim to each slot; `epoch_of` gives a node's epoch of the volume."""
@@ -164,7 +176,7 @@ def judge_block(
     seal, length = max(
         groups,
         key=lambda group: (*_support(at_home.values(), fragments, group, k), _tie(group[0])),
-        default=(None, fragments[0].length if fragments else 0),
+        default=(None, -1),  # nothing was read, so nothing is known to be there
     )
     present = frozenset(_slots_of(at_home.values(), seal, length))
     possible = {f.slot for f in fragments if f.slot < len(slots)} | unaccounted
@@ -214,18 +226,3 @@ def _reason(at_home: Fragment | None) -> DebtReason:
         case Health.UNREAD | Health.INTACT:
             # A good fragment of another seal: only a decode tells which of them are of use.
             return DebtReason.LYING
-
-
-class Copy(NamedTuple):
-    """A block as one volume has it."""
-
-    volume: int
-    standing: Standing
-    spare: int
-    """Fragments present beyond the k that suffice."""
-
-
-def better_copy(copies: Iterable[Copy]) -> Copy:
-    """Which volume a block that is found in several belongs to: where it can be read, then where
-    most fragments may be lost, then the younger one.  `rebuild` says the same in SQL."""
-    return max(copies, key=lambda c: (c.standing is Standing.READABLE, c.spare, c.volume))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from cluster.fsck.rules import ClaimCount, Fragment, Health, Holders, Seal
+from erasure.fragment import Fragment as Record
 from erasure.fragment import parse_expected
 from erasure.scheme import Scheme
 from protocol.errors import CorruptFragment, DirectoryCorrupt
@@ -71,6 +72,8 @@ class Walk:
         """Per node: records that were looked for, by what was found, intact ones left out."""
         self.fragments = sum(store.totals.fragments + store.unindexed for store in stores)
         """About how many there are, as the nodes count them."""
+        self.record_epochs: dict[VolumeId, int] = {}
+        """The highest of the records that were read, by volume."""
         self._torn: set[tuple[int, VolumeId]] = set()
 
     def volumes(self) -> Iterator[VolumeId]:
@@ -116,11 +119,22 @@ class Walk:
             self._torn.add((node, volume))
 
     def holders(self, volume: VolumeId, scheme: Scheme) -> Holders:
-        """Who holds each slot, by reading the volume's index entries once."""
-        claims = ClaimCount(scheme)
+        """Who holds each slot, by reading the volume's index entries once, or twice where slots
+        are contested."""
+        claims = self._counted(volume, ClaimCount(scheme))
+        found = claims.holders(self._epoch_of(volume))
+        if found.rejected and claims.uncontested:
+            claims = self._counted(volume, ClaimCount(scheme, claims.uncontested))
+            found = claims.holders(self._epoch_of(volume))
+        return found
+
+    def _counted(self, volume: VolumeId, claims: ClaimCount) -> ClaimCount:
         for block in self.blocks(volume):
             claims.add([(entry.slot, entry.node) for entry in block.entries])
-        return claims.holders(lambda node: self.epochs[node].get(volume, 0))
+        return claims
+
+    def _epoch_of(self, volume: VolumeId) -> Callable[[int], int]:
+        return lambda node: self.epochs[node].get(volume, 0)
 
     def unaccounted(self, volume: VolumeId, slots: Sequence[int | None]) -> frozenset[int]:
         """Slots that nobody can speak for; known once the volume was walked."""
@@ -135,7 +149,7 @@ class Walk:
                 (record,) = self.stores[entry.node].read([(entry.key, entry.place)])
                 parsed = _parse(entry, record)
                 if parsed is not None:
-                    return parsed[0]
+                    return parsed.scheme
         return None
 
     # -- records -------------------------------------------------------------------------------
@@ -173,10 +187,20 @@ class Walk:
             for part in _parts(mine, lambda entry: entry.place.length):
                 records = self.stores[node].read([(entry.key, entry.place) for entry in part])
                 for entry, record in zip(part, records, strict=True):
-                    fragment = found[entry] = _fragment(entry, record)
+                    fragment = found[entry] = self._fragment(entry, record)
                     if fragment.health is not Health.INTACT:
                         self.bad[node][fragment.health] += 1
         return found
+
+    def _fragment(self, entry: Entry, record: StoredRecord) -> Fragment:
+        length = entry.place.length
+        parsed = _parse(entry, record)
+        if parsed is None:
+            return Fragment(entry.slot, entry.node, length, _health(record.status))
+        known = self.record_epochs.get(parsed.volume, 0)
+        self.record_epochs[parsed.volume] = max(known, parsed.epoch)
+        seal = Seal(parsed.stripe_tag, parsed.stored_length, parsed.plain_length)
+        return Fragment(entry.slot, entry.node, length, Health.INTACT, seal)
 
 
 def in_batches(blocks: Iterable[BlockEntries]) -> Iterator[list[BlockEntries]]:
@@ -217,23 +241,18 @@ def _doubtful(block: BlockEntries, read: dict[Entry, Fragment]) -> bool:
     return len(lengths) > 1 or read[_pick(block)].health is not Health.INTACT
 
 
-def _fragment(entry: Entry, record: StoredRecord) -> Fragment:
-    match record.status:
+def _health(status: ItemStatus) -> Health:
+    match status:
         case ItemStatus.NOT_FOUND:
-            health = Health.NO_RECORD
+            return Health.NO_RECORD
         case ItemStatus.IO_ERROR:
-            health = Health.IO_ERROR
+            return Health.IO_ERROR
         case _:
-            health = Health.CORRUPT
-    parsed = _parse(entry, record)
-    if parsed is not None:
-        health = Health.INTACT
-    seal = None if parsed is None else parsed[1]
-    return Fragment(entry.slot, entry.node, entry.place.length, health, seal)
+            return Health.CORRUPT
 
 
-def _parse(entry: Entry, record: StoredRecord) -> tuple[Scheme, Seal] | None:
-    """Scheme and seal of a record that is what its key says; None for any other.
+def _parse(entry: Entry, record: StoredRecord) -> Record | None:
+    """A record that is what its key says; None for any other.
 
     Raises `FormatUnsupported` for a newer version's record: that is no damage, and another program
     must judge it.
@@ -241,7 +260,6 @@ def _parse(entry: Entry, record: StoredRecord) -> tuple[Scheme, Seal] | None:
     if record.record is None:
         return None
     try:
-        found = parse_expected(record.record, *FragmentKey.unpack(entry.key))
+        return parse_expected(record.record, *FragmentKey.unpack(entry.key))
     except CorruptFragment:
         return None
-    return found.scheme, Seal(found.stripe_tag, found.stored_length, found.plain_length)

@@ -14,6 +14,10 @@ from disk_cell import DiskCell, on_disks, tree_digest
 from node_parts import noise
 
 from cli.foreground import lock_directory
+from cli.prepare import prepare
+from cluster.fsck import switch
+from protocol.config import load
+from protocol.errors import ConfigInvalid
 
 HAVERSACK = str(Path(sys.executable).with_name("haversack"))
 
@@ -99,3 +103,40 @@ def test_directory_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> 
     done = fsck(tmp_path / "nothing")
     assert done.returncode == 6
     assert not (tmp_path / "nothing").exists()
+
+
+def test_rebuild_makes_the_index_and_says_what_it_made(data: Path) -> None:
+    (data / "cell.db").unlink()
+    done = fsck(data, "--rebuild-index", "--json")
+    made = json.loads(done.stdout)
+    assert (done.returncode, made["blocks"], made["scheme"]) == (0, 8, "rs-2-2")
+    done = fsck(data, "--rebuild-index")
+    assert done.returncode == 0
+    assert "blocks     8" in done.stdout
+    assert "cell.db.before-" in done.stdout
+    assert fsck(data).returncode == 0
+
+
+def test_rebuild_that_needs_a_decision_exits_six_and_changes_nothing(data: Path) -> None:
+    shutil.copytree(data / "nodes" / "node-01", data / "nodes" / "copy")
+    before = tree_digest(data / "nodes"), (data / "cell.db").read_bytes()
+    done = fsck(data, "--rebuild-index")
+    assert done.returncode == 6
+    assert "node-01" in done.stderr
+    assert (tree_digest(data / "nodes"), (data / "cell.db").read_bytes()) == before
+
+
+def test_a_start_without_the_index_makes_no_new_cell_beside_the_old_disks(data: Path) -> None:
+    (data / "cell.db").unlink()
+    with pytest.raises(ConfigInvalid, match="--rebuild-index"):
+        prepare(load(data=data))
+    fsck(data, "--rebuild-index")
+    prepare(load(data=data, nodes=5))
+
+
+def test_a_start_finishes_an_index_that_was_rebuilt_and_not_yet_put_in_place(data: Path) -> None:
+    shutil.copyfile(data / "cell.db", data / switch.REBUILT)
+    (data / "cell.db").write_bytes(b"damaged")
+    prepare(load(data=data, nodes=5))
+    assert not (data / switch.REBUILT).exists()
+    assert fsck(data).returncode == 0
