@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from cluster.alarms import AlarmKind
 from cluster.change.jobs import UNFINISHED
+from cluster.repair.repair_rows import PASS_KIND
 from cluster.status import CellStatus
 from cluster.topology import NodeState, NodeView
 
@@ -43,6 +44,12 @@ class CellMetrics:
             "pass_ended_timestamp_seconds",
             "When the last pass of a kind ended; 0: none has.",
             ("kind",),
+        )
+        self._repair_rate = gauge(
+            "repair_bytes_per_second", "Fragments that repair wrote lately; 0: it has no work."
+        )
+        self._repair_eta = gauge(
+            "repair_eta_seconds", "Until repair is done at that rate; NaN: not known."
         )
         self.sql_up = gauge("sql_up", "1 if both databases answered.")
 
@@ -75,6 +82,10 @@ class CellMetrics:
         self._set_passes(status)
 
     def _set_passes(self, status: CellStatus) -> None:
+        repair = next((found.body for found in status.passes if found.kind == PASS_KIND), {})
+        eta_s = repair.get("eta_s")
+        self._repair_rate.set(repair.get("bytes_per_s", 0.0))
+        self._repair_eta.set(float("nan") if eta_s is None else eta_s)
         ended: dict[str, float] = {}
         for found in status.passes:
             ended[found.kind] = max(ended.get(found.kind, 0.0), found.ended or 0.0)

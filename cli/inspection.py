@@ -177,10 +177,28 @@ def _print_redundancy(console: Console, state: dict[str, Any]) -> None:
         line("moving", figures.plural(redundancy["moves"], "slot"))
     if redundancy.get("unrepairable"):
         line("given up", figures.plural(redundancy["unrepairable"], "block"))
+    for found in state.get("passes", []):
+        line(_text(found["kind"]), _pass(found))
     for job in state.get("jobs", []):
         line("job", f"{job['id']}: {_text(job['kind'])} of {_text(job['subject'])}, {_job(job)}")
     for alarm in state.get("alarms", []):
         line("[red]ALARM[/]     ", _text(alarm.get("text")))
+
+
+def _pass(found: dict[str, Any]) -> str:
+    """`pass 3 of cell since 2026-11-21 10:00, 91.0 MB/s, about 5 min to go`."""
+    body = found["body"]
+    said = f"pass {found['number']} of {_text(found['subject'])}, "
+    said += (
+        f"since {figures.moment(found['begun'])}"
+        if found["ended"] is None
+        else f"ended {figures.moment(found['ended'])}"
+    )
+    if body.get("bytes_per_s"):
+        said += f", {figures.size(body['bytes_per_s'])}/s"
+    if body.get("eta_s"):
+        said += f", about {figures.lasting(body['eta_s'])} to go"
+    return said
 
 
 def _job(job: dict[str, Any]) -> str:

@@ -125,7 +125,12 @@ def test_debts_moves_and_blocks_given_up_are_named(cell: Cell) -> None:
         status = admin.get("/v1/admin/status").json()
         assert status["redundancy"]["blocks_by_spare"]["2"] == 1
         assert {alarm["kind"] for alarm in status["alarms"]} == {"blocks_unrepairable"}
+        working = """INSERT INTO passes VALUES
+            ('repair', 'cell', 1, 0, NULL, '{"bytes_per_s": 5e6, "eta_s": 60.0}')"""
+        _sql(cell, working.replace(":", r"\:"))
         metrics = admin.get("/metrics").text
+        assert "haversack_repair_bytes_per_second 5e+06" in metrics
+        assert "haversack_repair_eta_seconds 60.0" in metrics
         assert 'haversack_blocks_by_spare_fragments{spare="2"} 1.0' in metrics
         assert 'haversack_alarms{kind="blocks_unrepairable"} 1.0' in metrics
         assert re.search(r"haversack_debt_oldest_age_seconds 3\d\d\.", metrics)

@@ -270,6 +270,9 @@ def test_status_as_a_table_and_as_json(haversack: Callable[..., Said]) -> None:
     assert "spare      2 blocks with -1, 1,000 blocks with 2, 5 blocks with 3" in said.out
     assert "moving     4 slots" in said.out
     assert "given up   1 block" in said.out
+    assert re.search(
+        r"repair     pass 3 of cell, since .*, 91\.0 MB/s, about 5 min to go", said.out
+    )
     assert "job        7: drain of node-02, running, 3 of 12 done, about 3 min to go" in said.out
     assert r"ALARM      [bold]\x1b[2J" in said.out, "what a server says is shown, never obeyed"
     state = json.loads(haversack("status", "--json").out)
