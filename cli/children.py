@@ -2,7 +2,8 @@
 
 Used by `haversack up` only.  This process is the ancestor of everything: it is their subreaper,
 so that a raylet that dies is reaped (a zombie would keep its actors alive), and whatever a child
-leaves behind is ended with it.  It imports nothing of the cell and stays small.
+leaves behind becomes ours and is ended before the child starts again.  It imports nothing of the
+cell and stays small.
 
 State of a child:
 
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,9 @@ RESTART_DELAY_S_MIN = 0.2
 RESTART_DELAY_S_MAX = 15.0
 STABLE_S = 30.0
 """A child that ran this long starts again without delay."""
+
+ORPHANS_S = 5.0
+"""For what an ended child leaves behind to die of SIGKILL: a disk may hold a process that long."""
 
 
 class ChildState(enum.Enum):
@@ -57,7 +61,6 @@ class Child:
     due_at: float = 0.0
     delay_s: float = RESTART_DELAY_S_MIN
     restarts: int = 0
-    descendants: list[psutil.Process] = field(default_factory=list)
 
     def start(self) -> None:
         """Spawn it with its output appended to its log."""
@@ -91,27 +94,8 @@ class Child:
         self.restarts += 1
         self.state = ChildState.WAITING
 
-    def remember_descendants(self) -> None:
-        """Note who it started, to end them should it be killed before it can."""
-        if self.process is None:
-            return
-        try:
-            self.descendants = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-
-    def end_descendants(self) -> None:
-        """SIGKILL what it left behind.  psutil compares start times, so a reused pid is safe."""
-        for process in self.descendants:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.descendants = []
-
     def stop(self) -> bool:
         """SIGTERM, wait `stop_s`, SIGKILL.  True if it ended by itself."""
-        self.remember_descendants()
         process, self.state = self.process, ChildState.STOPPED
         self.process = None
         if process is None:
@@ -124,7 +108,6 @@ class Child:
             process.kill()
             process.wait()
             ended = False
-        self.end_descendants()
         return ended
 
 
@@ -133,12 +116,15 @@ def become_subreaper() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def reap_orphans(children: Sequence[Child]) -> None:
-    """Collect adopted processes that have ended; children proper are left to `Popen`."""
+def _adopted(children: Sequence[Child]) -> list[psutil.Process]:
+    """Processes that became ours when their parents ended; children proper are left to `Popen`."""
     ours = {child.process.pid for child in children if child.process is not None}
-    for process in psutil.Process().children():
-        if process.pid in ours:
-            continue
+    return [process for process in psutil.Process().children() if process.pid not in ours]
+
+
+def reap_orphans(children: Sequence[Child]) -> None:
+    """Collect adopted processes that have ended."""
+    for process in _adopted(children):
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(process.pid, os.WNOHANG)
@@ -146,13 +132,21 @@ def reap_orphans(children: Sequence[Child]) -> None:
             continue
 
 
-def reap_rest(seconds: float) -> None:
-    """At the end: collect every adopted process that still has to go, so that none stays behind."""
-    rest = psutil.Process().children()
-    for process in rest:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(rest, timeout=seconds)
+def end_orphans(children: Sequence[Child]) -> None:
+    """SIGKILL and collect what ended children left behind, for `ORPHANS_S` at most.
+
+    Whoever ends hands its children to us, so generation after generation appears here.  A list
+    made while they still ran would be old: a Ray that it misses serves on beside its successor.
+    """
+    give_up_at = time.monotonic() + ORPHANS_S
+    while orphans := _adopted(children):
+        left_s = give_up_at - time.monotonic()
+        if left_s <= 0:
+            return
+        for process in orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(orphans, timeout=left_s)
 
 
 def watch(children: Sequence[Child]) -> list[Child]:
@@ -162,9 +156,11 @@ def watch(children: Sequence[Child]) -> list[Child]:
     for child in children:
         if child.process is not None and child.process.poll() is not None:
             child.exited(now)
-            child.end_descendants()
             exited.append(child)
         elif child.state is ChildState.WAITING and now >= child.due_at:
             child.start()
-    reap_orphans(children)
+    if exited:
+        end_orphans(children)
+    else:
+        reap_orphans(children)
     return exited

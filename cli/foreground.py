@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import urlsplit
 
-from cli.children import Child, become_subreaper, reap_rest, watch
+from cli.children import Child, become_subreaper, end_orphans, watch
 from cli.failures import report_failure
 from protocol.errors import ConfigInvalid, DirectoryInUse, HaversackError
 
@@ -34,11 +34,9 @@ POLL_S = 1.0
 """How often children are looked at; a child that exits wakes us at once (SIGCHLD)."""
 
 POLL_STARTING_S = 0.05
-DESCENDANTS_S = 5.0
 READY_WARNING_S = 60.0
 GATEWAY_STOP_S = 15.0
 CONTROLLER_STOP_S = 45.0
-REAP_S = 5.0
 
 CONTROLLER = "controller"
 
@@ -105,7 +103,7 @@ def run(data: Path) -> int:
     finally:
         gateway.stop()
         controller.stop()
-        reap_rest(REAP_S)
+        end_orphans(children)
         lock.close()
     return 0
 
@@ -141,7 +139,6 @@ def _serve(children: tuple[Child, ...], data: Path, signals: tuple[signal.Signal
     """Watch until SIGINT or SIGTERM."""
     started = time.monotonic()
     ready = warned = False
-    descendants_at = 0.0
     while True:
         got = signal.sigtimedwait(signals, POLL_S if ready else POLL_STARTING_S)
         if got is not None and got.si_signo in (signal.SIGINT, signal.SIGTERM):
@@ -150,11 +147,6 @@ def _serve(children: tuple[Child, ...], data: Path, signals: tuple[signal.Signal
             print(f"{child.name} ended; starting it again, log: {child.log_path}", file=sys.stderr)
             if child.name == CONTROLLER:
                 _prepare(data)  # every storage node went with it: the next start is a cold one
-        now = time.monotonic()
-        if now >= descendants_at:
-            descendants_at = now + DESCENDANTS_S
-            for child in children:
-                child.remember_descendants()
         if not ready:
             url = _ready_url(data)
             if url is not None:
@@ -162,7 +154,7 @@ def _serve(children: tuple[Child, ...], data: Path, signals: tuple[signal.Signal
                 for child in children:  # a gateway that starts again must be where it was
                     child.environment["HAVERSACK_PORT"] = str(urlsplit(url).port)
                 print(f"ready {url}", flush=True)
-            elif not warned and now - started > READY_WARNING_S:
+            elif not warned and time.monotonic() - started > READY_WARNING_S:
                 warned = True
                 print(f"not ready after {READY_WARNING_S:.0f} s: see {data}/logs", file=sys.stderr)
 

@@ -91,6 +91,15 @@ def test_sigterm_stops_every_process_and_a_second_start_opens_the_same_data(
     assert wrong_blocks(own_cell, ledger) == []
 
 
+TAKES_ALL_NODES = {"cluster.supervisor", "gcs_server", "raylet/raylet"}
+"""Processes without which Ray ends: the storage nodes go with them."""
+
+
+def lives_of(cell: LiveCell) -> dict[str, int]:
+    """The incarnation of each node."""
+    return {str(node["id"]): int(node["incarnation"]) for node in cell.status()["nodes"]}
+
+
 @pytest.mark.parametrize(
     "victim",
     [
@@ -110,9 +119,24 @@ def test_sigkill_of_any_process_loses_nothing_and_the_cell_comes_back(
     writer = Writer(own_cell, clients=3, seed=1)
     writer.start()
     own_cell.wait_until("some blocks are acknowledged", lambda: writer.acknowledged() > 20, 60)
+    before = lives_of(own_cell)
     process = own_cell.find(victim)
+    doomed = {
+        str(node["id"])
+        for node in own_cell.status()["nodes"]
+        if victim in TAKES_ALL_NODES or node["pid"] == process.pid
+    }
     process.kill()
     own_cell.wait_until("the process is gone", lambda: not process.is_running(), 30)
+
+    def doomed_nodes_live_again() -> bool:
+        """What the last life still answers, while it lasts, proves nothing."""
+        lives = lives_of(own_cell)
+        return all(lives[name] > before[name] for name in doomed)
+
+    own_cell.wait_until("what went with it lives again", doomed_nodes_live_again, 90)
+    own_cell.wait_for_nodes(9, 90)
+    after = lives_of(own_cell)
 
     def writes_work() -> bool:
         return put_block(own_cell, os.urandom(200_000), fresh) in fresh.acknowledged
@@ -122,8 +146,27 @@ def test_sigkill_of_any_process_loses_nothing_and_the_cell_comes_back(
     ledger = writer.stop()
     ledger.acknowledged.update(fresh.acknowledged)
     own_cell.wait_until("all reads back", lambda: wrong_blocks(own_cell, ledger) == [], 90)
-    own_cell.wait_for_nodes(9, 90)
     assert wrong_blocks(own_cell, ledger) == []
+    assert lives_of(own_cell) == after  # nothing was ended once more, later than the rest
+
+
+def test_a_controller_killed_as_soon_as_it_is_ready_leaves_no_process_behind(
+    own_cell: LiveCell,
+) -> None:
+    """Ray would serve on for seconds beside its successor, or its GCS for ever."""
+    own_cell.start()
+    own_cell.wait_for_nodes(9)
+    gateway = own_cell.gateway_pid
+    old = [process for process in own_cell.processes() if process.pid != gateway]
+    before = lives_of(own_cell)
+    own_cell.find("cluster.supervisor").kill()
+
+    def nodes_live_again() -> bool:
+        return any(number > before[name] for name, number in lives_of(own_cell).items())
+
+    own_cell.wait_until("a node lives again", nodes_live_again, 90)
+    assert [process for process in old if process.is_running()] == []
+    own_cell.wait_for_nodes(9, 90)
 
 
 def test_sigkill_of_everything_in_the_middle_of_puts_loses_nothing_acknowledged(
