@@ -44,8 +44,10 @@ class BlockClientSettings:
     put_attempts_max: int = 5
     """Volumes tried for one block."""
     placement_wait_s: float = 12.0
-    """How long a put waits for a volume without the failed nodes: the placement service needs some
-    seconds to believe that a node is down."""
+    """How long a put waits for a volume with `write_minimum` healthy nodes at least."""
+    debts_after_s: float = 8.0
+    """How long puts look and wait for a volume on healthy nodes alone before they leave debts: the
+    placement service believes within this that a node is down, and a debt costs a repair."""
     placement_poll_s: float = 0.1
     retry_pause_s: float = 0.1
     """Before the same nodes are tried again: a busy one, or a map that did not change yet."""

@@ -40,6 +40,12 @@ class _Health:
     """The last push was answered by a serving node of this incarnation."""
     misses: int = 0
     disk_bad: bool = False
+    is_full: bool = False
+    """It has no free space, and has not had much since."""
+    write_failures: int | None = None
+    """How many it has counted; None before its first answer."""
+    write_failed_at: float = float("-inf")
+    """When it was last heard to have failed one."""
     ahead: int = 0
     """An incarnation that the node says it has, higher than its row's."""
     detail: str = ""
@@ -130,6 +136,10 @@ class NodeWatch:
             self._wake()
 
     def _heard(self, health: _Health, reply: LeaseReply) -> None:
+        was_unwritable = self._is_unwritable(health)
+        self._note_writes(health, reply)
+        if self._is_unwritable(health) and not was_unwritable:
+            self._wake()
         health.disk_bad = reply.state == ServiceState.REFUSING
         if reply.state != ServiceState.SERVING or reply.incarnation != health.view.incarnation:
             self._missed(health, f"{reply.state}: {reply.detail}" if reply.detail else reply.state)
@@ -138,6 +148,17 @@ class NodeWatch:
         health.misses = 0
         health.heard_at = self._clock.monotonic()
         health.detail = reply.detail
+
+    def _note_writes(self, health: _Health, reply: LeaseReply) -> None:
+        """Whether it could take writes, whatever it says of reads."""
+        known, health.write_failures = health.write_failures, reply.write_failures
+        if reply.state == ServiceState.FAILED or (
+            known is not None and reply.write_failures > known
+        ):
+            health.write_failed_at = self._clock.monotonic()
+        if reply.free_bytes >= 0:
+            room = min(self._settings.room_bytes_min, health.view.capacity_bytes // 16)
+            health.is_full = reply.free_bytes < (room if health.is_full else 1)
 
     def _missed(self, health: _Health, detail: str) -> None:
         health.answered = False
@@ -184,6 +205,17 @@ class NodeWatch:
             for node_id, health in self._nodes.items()
             if self._is_ahead(health)
         }
+
+    def unwritable(self) -> frozenset[NodeId]:
+        """Nodes that answer and take no writes, as they say themselves: their states stay, since
+        they serve reads, and new volumes do without them."""
+        return frozenset(
+            node_id for node_id, health in self._nodes.items() if self._is_unwritable(health)
+        )
+
+    def _is_unwritable(self, health: _Health) -> bool:
+        failed_s = self._clock.monotonic() - health.write_failed_at
+        return health.is_full or failed_s < self._settings.write_failed_s
 
     def all_heard(self) -> bool:
         """Whether every node that could serve has answered since the watch began, or is down."""

@@ -80,6 +80,8 @@ class SealReason(enum.StrEnum):
     FULL = "full"
     NODE_LOST = "node lost"
     """A slot's node does not take writes."""
+    NODE_UNWRITABLE = "node unwritable"
+    """A slot's node is full or fails writes, and a new volume holds fewer of such nodes."""
     WIDER = "wider"
     """A slot is vacant, and there is a node for it now: in a new volume."""
 
@@ -105,20 +107,27 @@ def plan_seals(view: CellView) -> SealPlan:
     takers = {node.node_id for node in view.nodes if node.takes_new_volumes}
     seals = []
     for volume in view.volumes:
-        reason = _seal_reason(volume, nodes, takers)
+        reason = _seal_reason(volume, nodes, takers, view.unwritable)
         if reason is not None:
             seals.append(Seal(volume.volume_id, reason))
     return SealPlan(tuple(seals))
 
 
 def _seal_reason(
-    volume: VolumeView, nodes: dict[NodeId, NodeView], takers: set[NodeId]
+    volume: VolumeView,
+    nodes: dict[NodeId, NodeView],
+    takers: set[NodeId],
+    unwritable: frozenset[NodeId],
 ) -> SealReason | None:
     if volume.stored_bytes >= VOLUME_BYTES_TARGET or volume.blocks >= VOLUME_BLOCKS_MAX:
         return SealReason.FULL
     held = [node_id for node_id in volume.slots if node_id is not None]
     if not all(nodes[node_id].takes_writes for node_id in held):
         return SealReason.NODE_LOST
+    # As many as `plan_slots` is sure to find, and no more: what is opened instead must stay open.
+    to_be_had = min(len(volume.slots), len(takers - unwritable))
+    if len(set(held) - unwritable) < to_be_had and not unwritable.isdisjoint(held):
+        return SealReason.NODE_UNWRITABLE
     if len(held) < len(volume.slots) and takers.difference(held):
         return SealReason.WIDER
     return None
@@ -146,8 +155,8 @@ def plan_volumes(
             unmet.append(scheme)
             continue
         taken = {_node_set(volume.slots) for volume in stock}
-        for slots in plan_slots(view.nodes, scheme, count, rng):
-            chosen = _unlike(taken, slots, view.nodes, scheme, rng)
+        for slots in plan_slots(view.nodes, scheme, count, rng, view.unwritable):
+            chosen = _unlike(taken, slots, view, scheme, rng)
             taken.add(_node_set(chosen))
             openings.append(Opening(scheme, chosen))
     return OpenVolumesPlan(tuple(openings), tuple(unmet))
@@ -160,36 +169,44 @@ def _node_set(slots: Slots) -> frozenset[NodeId]:
 def _unlike(
     taken: set[frozenset[NodeId]],
     slots: Slots,
-    nodes: Sequence[NodeView],
+    view: CellView,
     scheme: Scheme,
     rng: random.Random,
 ) -> Slots:
     """`slots`, or another draw if an open volume has the same nodes and there is a choice."""
-    choices = sum(1 for node in nodes if node.takes_new_volumes)
+    choices = sum(1 for node in view.nodes if node.takes_new_volumes)
     tries = 0
     while choices > scheme.n and tries < _DISTINCT_TRIES and _node_set(slots) in taken:
-        (slots,) = plan_slots(nodes, scheme, 1, rng)
+        (slots,) = plan_slots(view.nodes, scheme, 1, rng, view.unwritable)
         tries += 1
     return slots
 
 
 def plan_slots(
-    nodes: Iterable[NodeView], scheme: Scheme, count: int, rng: random.Random
+    nodes: Iterable[NodeView],
+    scheme: Scheme,
+    count: int,
+    rng: random.Random,
+    unwritable: frozenset[NodeId] = frozenset(),
 ) -> list[Slots]:
     """Slots of `count` new volumes over the nodes that take new volumes.
 
-    The same nodes, scheme, count and seed give the same answer.  Empty if no node takes any.
+    Those in `unwritable` get slots that would otherwise be vacant, or all if there are no others:
+    their trouble may pass.  The same arguments and seed give the same answer.  Empty if no node
+    takes any.
     """
-    takers = sorted(
+    every = sorted(
         (node for node in nodes if node.takes_new_volumes), key=lambda node: node.node_id
     )
+    takers = [node for node in every if node.node_id not in unwritable] or every
+    spare = [node.node_id for node in every if node not in takers]
     width = min(scheme.n, len(takers))
     if width == 0:
         return []
     tree = _Tree(takers, [node.placement_weight for node in takers])
     units = tree.share_out(width, spread_cap=tree.spread_cap(width, max(scheme.m, 1)))
     total = width * _UNIT
-    padding: Slots = (None,) * (scheme.n - width)
+    vacant = scheme.n - width
     period = len(takers) // gcd(len(takers), width)  # after which equal nodes are exactly even
     at_least = max(_ROUND_VOLUMES_MIN, _ROUND_TURNS * len(takers) // width)
     round_volumes = period * ceil(at_least / period)
@@ -207,7 +224,9 @@ def plan_slots(
             chosen = [names[bisect_right(ends, tooth)] for tooth in range(start, total, _UNIT)]
             # Turned, so that every node gets data slots and parity slots alike.
             turn = len(planned) % width
-            planned.append((*chosen[turn:], *chosen[:turn], *padding))
+            padding = rng.sample(spare, min(vacant, len(spare)))
+            empty = (None,) * (vacant - len(padding))
+            planned.append((*chosen[turn:], *chosen[:turn], *padding, *empty))
     return planned
 
 

@@ -7,7 +7,8 @@ durable state is in `cell.db`: a restarted one takes the role over and reads eve
 One pass:
   1. push a lease to every node that has registered (`node_watch`), all at once;
   2. turn what was heard into node transitions (`topology.transition`);
-  3. seal open volumes that are full, lost a node or could be wider (`placement.plan_seals`);
+  3. seal open volumes that are full, lost a node, hold one that takes no writes, or could be wider
+     (`placement.plan_seals`);
   4. open new ones up to the stock (`placement.plan_volumes`).
 Steps 2 to 4 are one transaction, which first compares the leader's epoch and raises the map version
 if it changed anything.  When there is nothing to do, nothing is written.
@@ -70,6 +71,8 @@ class _Change:
     """With what the node said."""
     ahead: dict[NodeId, int]
     reports: tuple[map_rows.NodeReport, ...]
+    unwritable: frozenset[NodeId]
+    """See `CellView`; none while the service does not know its nodes yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,7 @@ class PlacementService:
         self._settled_by = float("-inf")
         self._opened_settled = False
         self._reviewed_at = float("-inf")
+        self._reviewed_unwritable: frozenset[NodeId] = frozenset()
         self._reported_at = float("-inf")
         self._stopped = False
 
@@ -240,8 +244,10 @@ class PlacementService:
             change = self._heard()
             settled = self._settled()
             idle = not change.events and not change.ahead and not change.reports
-            if idle and not (review and await self._volumes_want_change()):
+            review = review or change.unwritable != self._reviewed_unwritable
+            if idle and not (review and await self._volumes_want_change(change.unwritable)):
                 self._opened_settled = settled
+                self._reviewed_unwritable = change.unwritable
                 return
             seed = self._rng.getrandbits(64)
             now = self._clock.wall()
@@ -252,6 +258,7 @@ class PlacementService:
             )
             self._started().adopt(done.nodes)
             self._opened_settled = settled
+            self._reviewed_unwritable = change.unwritable
             self._reviewed_at = self._clock.monotonic()
             if change.reports:
                 self._reported_at = self._reviewed_at
@@ -270,9 +277,10 @@ class PlacementService:
             if since_report >= self._settings.report_interval_s
             else ()
         )
-        return _Change(events, watch.ahead(), reports)
+        unwritable = watch.unwritable() if self._settled() else frozenset[NodeId]()
+        return _Change(events, watch.ahead(), reports, unwritable)
 
-    async def _volumes_want_change(self) -> bool:
+    async def _volumes_want_change(self, unwritable: frozenset[NodeId]) -> bool:
         """A look without a write: also finds out whether the role is still ours, and what others
         changed (an operator who adds or drains a node)."""
         held = self._version
@@ -288,7 +296,7 @@ class PlacementService:
         watch.adopt(changed)
         self._reviewed_at = self._clock.monotonic()
         # The random numbers do not matter: only whether there is a plan.
-        view = CellView(watch.views(), tuple(open_volumes))
+        view = CellView(watch.views(), tuple(open_volumes), unwritable)
         seals, opens = _plan(view, self._targets, random.Random(0), self._settled())
         return bool(seals.seals or opens.openings)
 
@@ -341,7 +349,7 @@ def _plan(
         return seals, OpenVolumesPlan((), ())
     sealed = {seal.volume_id for seal in seals.seals}
     rest = tuple(volume for volume in view.volumes if volume.volume_id not in sealed)
-    after = CellView(view.nodes, rest)
+    after = CellView(view.nodes, rest, view.unwritable)
     return seals, plan_volumes(after, targets, rng)
 
 
@@ -373,7 +381,7 @@ def _write_pass(
         for node_id, incarnation in ahead.items():
             map_rows.skip_incarnations(connection, node_id, incarnation + 1, version)
     current = tuple(map_rows.read_nodes(connection))
-    view = CellView(current, tuple(map_rows.read_open_volumes(connection)))
+    view = CellView(current, tuple(map_rows.read_open_volumes(connection)), change.unwritable)
     seals, opens = _plan(view, targets, rng, settled)
     if seals.seals or opens.openings:
         version = map_rows.next_version(connection)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from protocol.limits import MIB
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementSettings:
@@ -36,6 +38,15 @@ class PlacementSettings:
 
     report_interval_s: float = 10.0
     """Between two summaries of a node, and between two transactions that store them."""
+
+    write_failed_s: float = 60.0
+    """How long after a failed write a node is kept out of open volumes: it opens its store again
+    within seconds, and then looks well until somebody writes to it."""
+
+    room_bytes_min: int = 256 * MIB
+    """Free space from which a node that was full counts as one with room again, so that a delete
+    here and a put there do not seal volumes in turns: more than a volume puts on one node.  On a
+    disk smaller than sixteen times that, a sixteenth of it."""
 
     open_volumes: int = 4
     """Open volumes per scheme: enough node sets to route around a slow node, few enough that each

@@ -10,8 +10,10 @@ The rule of acknowledgement
 1. Every slot acknowledged, each by the incarnation that the map names: record the block.
 2. A slot failed: the *whole* block is written again to a volume without the failed nodes.  What
    was written before is an orphan for the verifier.
-3. Fewer healthy failure domains than slots exist: `write_minimum` acknowledgements are enough,
-   and the missing slots become debts in the transaction that records the block.
+3. Fewer healthy failure domains than slots exist, or the placement service had its time to open
+   a volume without the failed nodes (`VolumeChooser.has_waited`): `write_minimum`
+   acknowledgements are enough, and the missing slots become debts in the transaction that
+   records the block.
 4. A receipt does not match the node table any more (FENCED): refresh the map, write again.
 
 Nothing is reported as stored before `BlockIndex.record_puts` has returned.
@@ -29,7 +31,7 @@ from cluster.block_index import BlockIndex, BlockRow, NewBlock, Receipt, RecordO
 from cluster.block_rows import BlockRows
 from cluster.node_pool import NodePool
 from cluster.topology import VolumeView
-from cluster.volume_choice import Choice, VolumeChooser
+from cluster.volume_choice import Avoided, Choice, VolumeChooser
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
 from erasure.envelope import seal
@@ -77,8 +79,8 @@ class _Group:
     scheme: Scheme
     pending: list[PendingBlock]
     deadline: float
-    avoid: dict[NodeId, str] = field(default_factory=dict)
-    """Nodes that failed this group, with the reason."""
+    avoid: dict[NodeId, Avoided] = field(default_factory=dict)
+    """Nodes that failed this group, in the life that did."""
     map_version: int = 0
     """Of the map that the last choice was made from."""
     map_is_stale: bool = False
@@ -160,7 +162,7 @@ class PutPath:
         stripes = await self._encode(group, choice.volume)
         answers = await self._send(group, choice, stripes)
         if answers.failed:
-            await self._forgive_earlier_lives(group, choice, answers)
+            await self._forgive_earlier_lives(choice, answers)
         accepted: list[PendingBlock] = []
         entries: list[NewBlock] = []
         for number, item in enumerate(group.pending):
@@ -245,7 +247,7 @@ class PutPath:
                 answers.passing.add(receipt.slot)
                 group.overloaded = outcome
             else:
-                group.avoid[receipt.node_id] = str(outcome)
+                group.avoid[receipt.node_id] = Avoided(str(outcome), receipt.incarnation)
             return
         if outcome.incarnation != receipt.incarnation:
             answers.failed[receipt.slot] = f"answered as incarnation {outcome.incarnation}"
@@ -254,7 +256,8 @@ class PutPath:
             return
         if len(outcome.statuses) != expected:
             why = f"answered for {len(outcome.statuses)} of {expected} records"
-            answers.failed[receipt.slot] = group.avoid[receipt.node_id] = why
+            answers.failed[receipt.slot] = why
+            group.avoid[receipt.node_id] = Avoided(why, receipt.incarnation)
             return
         if not any(outcome.statuses):  # OK is zero
             return
@@ -267,11 +270,9 @@ class PutPath:
                 answers.passing.add(receipt.slot)
                 group.map_is_stale = True
             else:
-                group.avoid[receipt.node_id] = why
+                group.avoid[receipt.node_id] = Avoided(why, receipt.incarnation)
 
-    async def _forgive_earlier_lives(
-        self, group: _Group, choice: Choice, answers: _Answers
-    ) -> None:
+    async def _forgive_earlier_lives(self, choice: Choice, answers: _Answers) -> None:
         """A slot failed: if the newest map names another life of its node, the node is fine."""
         await self._map.refresh()
         for receipt in choice.receipts:
@@ -279,7 +280,6 @@ class PutPath:
                 continue
             if self._map.node(receipt.node_id).incarnation != receipt.incarnation:
                 answers.passing.add(receipt.slot)
-                group.avoid.pop(receipt.node_id, None)
 
     def _entry(
         self,
@@ -300,7 +300,8 @@ class PutPath:
             missing = tuple(sorted({*missing, *lost}))
             if len(receipts) < group.scheme.write_minimum:
                 return None
-            if self._chooser.healthy_nodes(group.avoid) >= group.scheme.n:
+            enough = self._chooser.healthy_nodes(group.avoid) >= group.scheme.n
+            if enough and not self._chooser.has_waited(group.scheme):
                 return None
         assert item.stored is not None
         return NewBlock(
@@ -329,6 +330,8 @@ class PutPath:
                 group.map_is_stale = True
                 continue
             new = outcome is RecordOutcome.NEW
+            if new and not entry.missing_slots:
+                self._chooser.recorded_whole(group.scheme)
             group.results[entry.hash] = PutResult(
                 new, entry.stored_bytes, new and bool(entry.missing_slots)
             )

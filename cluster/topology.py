@@ -212,3 +212,5 @@ class CellView:
 
     nodes: tuple[NodeView, ...]
     volumes: tuple[VolumeView, ...]
+    unwritable: frozenset[NodeId] = frozenset()
+    """Nodes that answer and whose state is good, and that take no writes: full, or failing them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import Receipt
@@ -32,11 +33,27 @@ class Choice:
     """Slots that are vacant or whose nodes are avoided: debts, if the block is recorded."""
 
 
+class Avoided(NamedTuple):
+    """A life of a node that failed the put that asks."""
+
+    why: str
+    incarnation: int
+
+
+Avoid = Mapping[NodeId, Avoided]
+
+
 class VolumeChooser:
     """Chooses among the open volumes of the map.
 
-    `avoid` are nodes that failed the put that asks, each with the reason: they count as
-    unhealthy for it even after the pool trusts them again.
+    What a put avoids counts as unhealthy for it even after the pool trusts the node again, until
+    the map names a new life: placement will open no volume without a node that is well again.
+
+    Patience, per scheme: a put that loses a slot, or finds no open volume without nodes that fail,
+    starts a clock, although nodes enough are healthy; a block that is recorded on all its slots
+    stops it.  While it runs, puts look for another volume and wait for the placement service; once
+    it has run for `debts_after_s`, they leave debts, for placement does not see what is wrong or
+    cannot help it.
     """
 
     def __init__(
@@ -52,18 +69,22 @@ class VolumeChooser:
         self._clock = clock
         self._rng = rng
         self._settings = settings
+        self._short: dict[Scheme, tuple[float, float]] = {}
+        """When the clock was started, and when a put last asked for it."""
 
-    async def choose(self, scheme: Scheme, avoid: Mapping[NodeId, str], deadline: float) -> Choice:
+    async def choose(self, scheme: Scheme, avoid: Avoid, deadline: float) -> Choice:
         """A volume to write to, waiting a while for the placement service if there is none.
 
         Raises `NotEnoughNodes`: at once with fewer than `write_minimum` healthy nodes.
         """
         give_up_at = min(deadline, self._clock.monotonic() + self._settings.placement_wait_s)
         while True:
-            choice = self._pick(scheme, avoid)
-            if choice is not None:
-                return choice
             healthy = self.healthy_nodes(avoid)
+            choice = self._pick(scheme, avoid)
+            if choice is not None and (
+                not choice.missing or healthy < scheme.n or self.has_waited(scheme)
+            ):
+                return choice
             if healthy < scheme.write_minimum:
                 raise NotEnoughNodes(
                     f"{healthy} storage nodes take writes; {scheme} needs at least "
@@ -79,21 +100,36 @@ class VolumeChooser:
             await self._clock.sleep(self._settings.placement_poll_s)
             await self._map.refresh()
 
-    def healthy_nodes(self, avoid: Mapping[NodeId, str]) -> int:
+    def recorded_whole(self, scheme: Scheme) -> None:
+        """A block went to all its slots: the next trouble is a new one."""
+        self._short.pop(scheme, None)
+
+    def has_waited(self, scheme: Scheme) -> bool:
+        """Whether the placement service had its time to open a volume without the nodes that fail.
+        Asking starts the clock, and starts it anew if no put has asked for as long as one lasts."""
+        now = self._clock.monotonic()
+        since, asked = self._short.get(scheme, (now, now))
+        if now - asked > self._settings.put_s:
+            since = now
+        self._short[scheme] = since, now
+        return now - since >= self._settings.debts_after_s
+
+    def healthy_nodes(self, avoid: Avoid) -> int:
         """Failure domains that can take a fragment now."""
         return sum(self._is_usable(node.node_id, avoid) for node in self._map.nodes())
 
-    def details(self, scheme: Scheme, avoid: Mapping[NodeId, str]) -> dict[str, object]:
+    def details(self, scheme: Scheme, avoid: Avoid) -> dict[str, object]:
         """What an operator wants to know when a put was not taken."""
         return {
             "scheme": scheme.name,
             "healthy_nodes": self.healthy_nodes(avoid),
             "needed_nodes": scheme.n,
-            "failed": {str(node_id): why for node_id, why in avoid.items()},
+            "failed": {str(node_id): avoided.why for node_id, avoided in avoid.items()},
         }
 
-    def _pick(self, scheme: Scheme, avoid: Mapping[NodeId, str]) -> Choice | None:
-        """An open volume with all slots usable, at random; short of nodes, the best there is."""
+    def _pick(self, scheme: Scheme, avoid: Avoid) -> Choice | None:
+        """An open volume with all slots usable, at random, or the one with the most; None if no
+        volume has `write_minimum` of them."""
         volumes = list(self._map.open_volumes(scheme))
         self._rng.shuffle(volumes)
         best: VolumeView | None = None
@@ -110,12 +146,13 @@ class VolumeChooser:
                 best, best_slots = volume, slots
         if best is None or len(best_slots) < scheme.write_minimum:
             return None
-        if self.healthy_nodes(avoid) >= scheme.n:
-            return None
         return self._choice(best, best_slots)
 
-    def _is_usable(self, node_id: NodeId, avoid: Mapping[NodeId, str]) -> bool:
-        return node_id not in avoid and self._pool.is_trusted(node_id, Direction.WRITE)
+    def _is_usable(self, node_id: NodeId, avoid: Avoid) -> bool:
+        avoided = avoid.get(node_id)
+        if avoided is not None and avoided.incarnation == self._map.node(node_id).incarnation:
+            return False
+        return self._pool.is_trusted(node_id, Direction.WRITE)
 
     def _choice(self, volume: VolumeView, slots: Sequence[int]) -> Choice:
         receipts = []

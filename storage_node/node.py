@@ -113,6 +113,7 @@ class StorageNode:
         self._unused = asyncio.Event()
         self._unused.set()
         self._commits = GroupCommit(run)
+        self._write_failures = 0
         self._counters = dict.fromkeys(
             ("puts", "put_bytes", "puts_refused", "gets", "get_bytes", "deletes"), 0
         )
@@ -302,6 +303,7 @@ class StorageNode:
 
     def _fail(self, error: Exception) -> None:
         if self._state is ServiceState.SERVING:
+            self._write_failures += 1
             self._enter(ServiceState.FAILED, str(error))
 
     def _store_client_group(self, groups: list[_Group]) -> None:
@@ -508,7 +510,16 @@ class StorageNode:
         return self._lease_reply()
 
     def _lease_reply(self) -> LeaseReply:
-        return LeaseReply(self._incarnation, str(self._state), self._detail, str(self.fault))
+        serves = self._store is not None and self._state is ServiceState.SERVING
+        free = self._held_store().free_bytes() if serves else -1
+        return LeaseReply(
+            self._incarnation,
+            str(self._state),
+            self._detail,
+            str(self.fault),
+            free,
+            self._write_failures,
+        )
 
     async def summary(self) -> SummaryReply:
         """State and counts.  Answers in every state."""

@@ -33,6 +33,9 @@ REPLACEMENT_S = 20.0
 KEYS_TRIED_MAX = 25
 """Records looked at before a fault that needs one with a spare gives up."""
 
+WRITES_TO = "writes to "
+"""Before a node's name: the impairment of its writes alone."""
+
 _NETWORK_EFFECTS = {
     FaultKind.PARTITION: ("held",),
     FaultKind.LOSSY_NETWORK: ("request_lost", "reply_lost", "duplicate"),
@@ -338,7 +341,7 @@ class Injector:
         """Counts against the budget; reads are not excused."""
         self._writes_hindered[node] += 1
         impairments, now = self._cell.impairments, self._cell.loop.time
-        number = impairments.begin(f"writes to {node}", "hindered", now())
+        number = impairments.begin(f"{WRITES_TO}{node}", "hindered", now())
 
         def over() -> None:
             end()

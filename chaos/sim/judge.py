@@ -15,6 +15,7 @@ from chaos.evidence import Stripe, Version
 from chaos.faults import FaultKind
 from chaos.ledger import Kind, Ledger, Operation, Outcome
 from chaos.sim.cell import SimCell
+from chaos.sim.inject import WRITES_TO
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash
 from protocol.limits import CLAIM_SECONDS
@@ -75,10 +76,12 @@ class SimJudge:
 
     def put_failed(self, operation: Operation) -> None:
         """There was an excuse: too few nodes, or trouble that placement cannot see."""
-        touched = self._cell.impairments.touched(
+        impaired = self._cell.impairments.touched(
             operation.started - EXCUSE_GRACE_S, operation.ended
         )
-        touched.pop("repair", None)  # no put waits for it
+        impaired.pop("repair", None)  # no put waits for it
+        # A node that is full or fails writes is one node less, and no excuse beyond that.
+        touched = {name.removeprefix(WRITES_TO): why for name, why in impaired.items()}
         nodes = {str(node) for node in self._cell.disks}
         if operation.outcome is Outcome.UNKNOWN or any(
             name not in nodes or why in UNSEEN_BY_PLACEMENT for name, why in touched.items()

@@ -136,6 +136,12 @@ def _contended(options: Options) -> Options:
     return dataclasses.replace(_calm(options), workload=workload, fault_s=20.0, quiet_s=5.0)
 
 
+def _unwritable(options: Options) -> Options:
+    """More nodes than slots, and never so few that take writes that a put may be refused."""
+    cell = dataclasses.replace(options, scheme=Scheme.parse("rs-6-3"), nodes=12, hosts=12)
+    return _only(cell, FaultKind.DISK_FULL, FaultKind.SYNC_FAILS, gap_s=10.0)
+
+
 def _idle(options: Options) -> Options:
     calm = _calm(options)
     return dataclasses.replace(calm, quiet_s=4 * 3600.0)
@@ -169,6 +175,7 @@ SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
         FaultKind.READ_ERRORS,
         gap_s=5.0,
     ),
+    "unwritable": _unwritable,
     "lost_disks": lambda options: _only(
         options, FaultKind.LOSE_DISK, FaultKind.EMPTY_DISK, gap_s=30.0
     ),

@@ -24,12 +24,6 @@ from chaos.sim.run import Report, Verdict, simulate
 SEEDS = range(1, 202)
 CHUNK = 10
 
-OPEN_DEFECTS = {
-    156: "put_is_taken_or_excused: two of eight nodes fail writes while placement calls them up, "
-    "so every open volume holds one and puts answer 503 although enough nodes work",
-}
-"""Seeds that fail for a known reason that is still to be mended; each must go on failing so."""
-
 CHUNKS = [SEEDS[at : at + CHUNK] for at in range(0, len(SEEDS), CHUNK)]
 WORKERS = 2
 CORPUS = Path(__file__).parent / "seeds.txt"
@@ -57,13 +51,6 @@ class Runs:
         return [self._futures[seed].result() for seed in seeds]
 
 
-def test_an_open_defect_still_fails_as_described() -> None:
-    for seed, why in OPEN_DEFECTS.items():
-        report = simulate(seed)
-        assert report.verdict is not Verdict.PASSED, f"seed {seed} passes: take it off the list"
-        assert report.finding.startswith(why.split(":")[0])
-
-
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Runs]:
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
@@ -79,8 +66,6 @@ def assert_passed(report: Report) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: f"{chunk[0]}-{chunk[-1]}")
 def test_no_promise_is_broken_under_seeds(chunk: range, runs: Runs) -> None:
     for report in runs.reports(chunk):
-        if report.seed in OPEN_DEFECTS:
-            continue  # held to its description by the test above
         assert_passed(report)
         assert sum(report.operations.values()) >= OPERATIONS_MIN, report.command
         assert report.checks["acknowledged_block_reads_back"] > 0, report.command

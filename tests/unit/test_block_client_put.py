@@ -275,10 +275,51 @@ def test_a_put_waits_for_the_placement_service_to_open_a_volume_without_the_fail
     simulate(main, nodes=10, volumes=0)
 
 
+def test_a_put_that_placement_cannot_help_is_taken_with_its_debts_on_record() -> None:
+    """As when this gateway alone cannot reach a node: the first put gives placement its time, the
+    others do not wait again."""
+
+    async def main(cell: BlockCell) -> None:
+        for _ in range(4):
+            cell.open_volume(RS, cell.node_ids[:9])
+        cell.kill(cell.node_ids[0], cell.node_ids[1])
+        started = cell.clock.monotonic()
+        assert (await cell.put(data_of(12))).degraded
+        waited_s = cell.clock.monotonic() - started
+        assert waited_s == pytest.approx(cell.settings.debts_after_s, rel=0.1)
+        assert await cell.index.debts() == 2
+        started = cell.clock.monotonic()
+        for number in range(50):
+            assert (await cell.put(data_of(200 + number))).degraded
+            await asyncio.sleep(0.5)
+        assert cell.clock.monotonic() - started < 25 + cell.settings.put_slot_s
+        cell.heal()
+        await asyncio.sleep(30)
+        assert not (await cell.put(data_of(13))).degraded
+        assert await cell.get(data_of(12)) == data_of(12)
+
+    simulate(main, nodes=12, volumes=0)
+
+
+def test_a_later_trouble_gives_placement_its_time_again() -> None:
+    async def main(cell: BlockCell) -> None:
+        cell.open_volume(RS, cell.node_ids[:9])
+        for number in range(2):
+            cell.kill(cell.node_ids[number])
+            started = cell.clock.monotonic()
+            assert (await cell.put(data_of(30 + number))).degraded
+            assert cell.clock.monotonic() - started > 0.9 * cell.settings.debts_after_s
+            cell.heal()
+            await asyncio.sleep(30)
+            assert not (await cell.put(data_of(40 + number))).degraded
+
+    simulate(main, nodes=12, volumes=0)
+
+
 def test_a_put_does_not_wait_for_the_placement_service_for_ever() -> None:
     async def main(cell: BlockCell) -> None:
         cell.open_volume(RS, cell.node_ids[:9])
-        cell.kill(cell.node_ids[0])
+        cell.kill(*cell.node_ids[:3])
         started = cell.clock.monotonic()
         with pytest.raises(NotEnoughNodes, match="placement"):
             await cell.put(data_of(12))
@@ -286,6 +327,24 @@ def test_a_put_does_not_wait_for_the_placement_service_for_ever() -> None:
         assert waited_s == pytest.approx(cell.settings.placement_wait_s, rel=0.2)
 
     simulate(main, nodes=12, volumes=0)
+
+
+def test_a_node_that_failed_a_put_is_used_again_once_the_map_names_a_new_life() -> None:
+    """Every open volume holds it, and placement has no reason to open another."""
+
+    async def main(cell: BlockCell) -> None:
+        cell.open_volume(RS, cell.node_ids[:9])
+        cell.kill(cell.node_ids[0])
+        task = asyncio.ensure_future(cell.put(data_of(14)))
+        await asyncio.sleep(2.0)
+        assert not task.done()
+        cell.heal()
+        await cell.start_node(cell.node_ids[0])
+        started = cell.clock.monotonic()
+        assert not (await task).degraded
+        assert cell.clock.monotonic() - started < 1.0
+
+    simulate(main, nodes=10, volumes=0)
 
 
 def test_volumes_with_vacant_slots_take_puts_when_nodes_are_short() -> None:

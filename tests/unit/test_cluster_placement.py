@@ -88,6 +88,21 @@ def test_suspicion_alone_seals_nothing() -> None:
     assert reasons(view) == {}
 
 
+def names(*numbers: int) -> frozenset[NodeId]:
+    return frozenset(NodeId.numbered(number) for number in numbers)
+
+
+def test_a_volume_with_an_unwritable_node_is_sealed_if_there_are_others() -> None:
+    held = (volume(1, node_ids(9)),)
+    assert reasons(CellView(nodes(9), held, names(1))) == {}
+    assert reasons(CellView(nodes(10), held, names(10))) == {}
+    assert reasons(CellView(nodes(10), held, names(1))) == {1: SealReason.NODE_UNWRITABLE}
+    assert reasons(CellView(nodes(10), held, names(1, 2, 10))) == {}
+    assert reasons(CellView(nodes(12), held, names(1, 2, 3, 4))) == {1: SealReason.NODE_UNWRITABLE}
+    idle = (*nodes(9), replace(node(10), weight=0.0))
+    assert reasons(CellView(idle, held, names(1))) == {}
+
+
 def test_a_volume_with_a_vacant_slot_is_sealed_once_there_is_a_node_for_it() -> None:
     vacant = volume(1, (*node_ids(8), None))
     assert reasons(CellView(nodes(8), (vacant,))) == {}
@@ -144,6 +159,16 @@ def test_only_nodes_that_are_up_get_slots() -> None:
     ]
     slots = plan_slots([*nodes(9), *others], RS, 20, random.Random(3))
     assert {node_id for chosen in slots for node_id in chosen} == set(node_ids(9))
+
+
+def test_unwritable_nodes_get_slots_only_for_want_of_others() -> None:
+    for count in range(9, 14):
+        for bad in range(count + 1):
+            unwritable = names(*range(1, bad + 1))
+            for slots in plan_slots(nodes(count), RS, 20, random.Random(bad), unwritable):
+                assert len(set(slots)) == RS.n
+                assert None not in slots
+                assert len(set(slots) - unwritable) == min(RS.n, count - bad)
 
 
 def test_a_cell_whose_disks_are_all_full_still_has_volumes() -> None:

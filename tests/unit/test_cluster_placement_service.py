@@ -65,6 +65,7 @@ class ScriptedNode:
     state: str = "serving"
     detail: str = ""
     incarnation: int = 0
+    free_bytes: int = 1 << 39
     fragments: int = 0
     leases: list[tuple[float, int]] = field(default_factory=list)
     summaries: int = 0
@@ -94,7 +95,7 @@ class ScriptedPort:
                 "older than mine", {"node": self.node_id, "incarnation": node.incarnation}
             )
         node.incarnation = incarnation
-        return LeaseReply(incarnation, node.state, node.detail)
+        return LeaseReply(incarnation, node.state, node.detail, free_bytes=node.free_bytes)
 
     async def summary(self, deadline_s: float) -> SummaryReply:
         await self._reach(deadline_s)
@@ -107,7 +108,7 @@ class ScriptedPort:
             node.fragments,
             1000 * node.fragments,
             0,
-            1 << 39,
+            node.free_bytes,
             1,
             {},
         )
@@ -498,6 +499,86 @@ def test_when_the_node_returns_volumes_become_whole_again(play: Callable[..., No
         assert len(cell.open_volumes()) == 2 * SETTINGS.open_volumes
 
     play(main, start_grace_s=0.0)
+
+
+def holders(cell: ServiceCell, number: int) -> int:
+    """Open volumes with a slot on a node."""
+    node_id = NodeId.numbered(number)
+    return sum(node_id in volume.slots for volume in cell.open_volumes())
+
+
+def test_a_full_node_leaves_the_open_volumes_at_once_and_stays_up(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        run = asyncio.ensure_future(cell.service.run())
+        await cell.until(lambda: cell.service.epoch == 1)
+        await cell.start_all()
+        await cell.until(lambda: len(cell.open_volumes()) == 8)
+        assert holders(cell, 1) > 0
+        cell.node(1).free_bytes = 0
+        took_s = await cell.until(lambda: holders(cell, 1) == 0)
+        assert took_s <= SETTINGS.lease_interval_s + 0.1
+        assert cell.states() == [UP] * 12
+        assert len(cell.open_volumes()) == 8
+        await asyncio.sleep(2 * SETTINGS.review_interval_s)
+        version = cell.version()
+        for number in range(30):  # a little room now and then is none
+            cell.node(1).free_bytes = number % 2
+            await asyncio.sleep(1)
+        assert cell.version() == version
+        cell.node(1).free_bytes = SETTINGS.room_bytes_min
+        await asyncio.sleep(2 * SETTINGS.review_interval_s)
+        assert cell.version() == version
+        await cell.service.stop()
+        await run
+
+    play(main, nodes=12)
+
+
+def test_a_node_that_fails_writes_is_kept_out_of_open_volumes_for_a_while(
+    play: Callable[..., None],
+) -> None:
+    """It opens its store again within a second, and looks well to every lease after."""
+
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        assert holders(cell, 1) > 0
+        cell.node(1).state = "failed"
+        await cell.service.step()
+        cell.node(1).state = "serving"
+        for _ in range(5):
+            await cell.service.step()
+            assert holders(cell, 1) == 0
+            assert len(cell.open_volumes()) == 8
+        assert cell.states() == [UP] * 12
+        await asyncio.sleep(SETTINGS.write_failed_s)
+        cell.node(2).free_bytes = cell.node(3).free_bytes = cell.node(4).free_bytes = 0
+        await cell.service.step()
+        wide = [volume for volume in cell.open_volumes() if volume.scheme == RS]
+        # It is needed, and trusted again.
+        assert all(NodeId.numbered(1) in volume.slots for volume in wide)
+
+    play(main, nodes=12)
+
+
+def test_in_a_cell_of_as_many_nodes_as_slots_a_full_node_changes_nothing(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        wide = [volume for volume in cell.open_volumes() if volume.scheme == RS]
+        cell.node(1).free_bytes = 0
+        for _ in range(5):
+            await cell.service.step()
+            await asyncio.sleep(1)
+        assert [volume for volume in cell.open_volumes() if volume.scheme == RS] == wide
+
+    play(main)
 
 
 def test_a_flapping_node_leaves_no_trail_of_empty_volumes(play: Callable[..., None]) -> None:
