@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import structlog
 
+from cluster.change.runner import JobRunner
+from cluster.members import write_controller_plan
 from cluster.placement_host import socket_ports
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
@@ -97,8 +99,45 @@ class RepairHost:
             holder=f"pid {os.getpid()}",
         )
         await self._service.start()
+        jobs = self._jobs(settings, self._service)
         asyncio.get_running_loop().call_soon(release_free_memory)
-        await self._service.run()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(jobs.run(), name="jobs")
+                try:
+                    await self._service.run()
+                finally:
+                    running.cancel()
+        except* HaversackError as group:
+            raise first_error(group) from None
+
+    def _jobs(self, settings: Settings, service: RepairService) -> JobRunner:
+        """What carries out drains, rebalances and other changes, under this service's role."""
+        database = self._database
+        assert database is not None
+
+        async def members_changed() -> None:
+            await self._run(
+                write_controller_plan, database, self._data, settings.node_capacity_bytes
+            )
+
+        return JobRunner(
+            database,
+            SystemClock(),
+            service.lead,
+            service.executor,
+            self._run,
+            members_changed=members_changed,
+        )
+
+
+def first_error(group: BaseExceptionGroup[HaversackError]) -> HaversackError:
+    """One of the errors that ended a group of tasks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, HaversackError)
+    return error
 
 
 def repair_settings(settings: Settings) -> RepairSettings:
