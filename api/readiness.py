@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
+from cluster.topology import LEAVING
 from cluster.volume_map import VolumeMap
 from erasure.scheme import Scheme
 from protocol.clock import Clock
@@ -59,13 +60,14 @@ class ReadinessProbe:
             await self._map.refresh(MAP_AGE_S)
         except HaversackError as error:
             sql["map"] = error.message
-        nodes = self._map.nodes()
+        nodes = [node for node in self._map.nodes() if node.state not in LEAVING]
         reading = sum(node.serves_reads for node in nodes)
         writing = sum(node.takes_writes for node in nodes)
-        reads = reading >= self._schemes[0].k
-        writes = all(self._writable(scheme, scheme.write_minimum) for scheme in self._schemes)
+        schemes = self._map.schemes or self._schemes
+        reads = reading >= schemes[0].k
+        writes = all(self._writable(scheme, scheme.write_minimum) for scheme in schemes)
         whole = writing == len(nodes) and all(
-            self._writable(scheme, min(scheme.n, len(nodes))) for scheme in self._schemes
+            self._writable(scheme, min(scheme.n, len(nodes))) for scheme in schemes
         )
         reachable = all(answer == "ok" for answer in sql.values())
         ready = reachable and reads and self._settle(whole=whole, writes=writes)
@@ -78,7 +80,7 @@ class ReadinessProbe:
                 "whole": reachable and whole,
                 "sql": sql,
                 "nodes": {"all": len(nodes), "reading": reading, "writing": writing},
-                "needs": {"read": self._schemes[0].k, "write": self._schemes[0].write_minimum},
+                "needs": {"read": schemes[0].k, "write": schemes[0].write_minimum},
             },
         )
 

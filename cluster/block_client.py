@@ -9,6 +9,7 @@ hash, and the budgets of bytes.  May not import Ray, HTTP or a concrete port.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import random
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment
 from erasure.keyring import Keyring
 from erasure.scheme import Scheme, SchemeKind
 from protocol.clock import Clock
-from protocol.errors import BlockNotFound, HaversackError
+from protocol.errors import BlockNotFound, DatabaseBusy, HaversackError
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash
 from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, ENVELOPE_BYTES, SMALL_BLOCK_BYTES
@@ -62,9 +63,6 @@ class BlockClient:
     ) -> None:
         self._index = index
         self._settings = settings
-        self._large = settings.scheme
-        self._small = settings.scheme.small_twin()
-        self._schemes = tuple(dict.fromkeys((self._small, self._large)))  # replicas: one and same
         self._rows = BlockRows(index, settings.rows_cached_max)
         self._map = volume_map
         self._tools = ReadTools(pool, HedgeBudget(), codec, keyring, clock, rng, run, settings)
@@ -164,8 +162,11 @@ class BlockClient:
         outcomes: dict[BlockHash, PutResult | HaversackError] = {}
         try:
             async with self._put_budget.hold(sum(map(self._put_cost, items))):
-                for scheme in self._schemes:
-                    mine = [item for item in items if self._scheme_of(item) == scheme]
+                with contextlib.suppress(DatabaseBusy):  # each group meets it, and says so
+                    await self._map.refresh(self._settings.map_age_s)
+                large = self._large  # one for the whole call: the map may change meanwhile
+                for scheme in dict.fromkeys((large.small_twin(), large)):
+                    mine = [item for item in items if _scheme_of(item, large) == scheme]
                     for group in self._groups(mine):
                         outcomes.update(await self._put_path.store(owner, scheme, group))
         finally:
@@ -175,12 +176,15 @@ class BlockClient:
                 flight.set_result(outcome if isinstance(outcome, HaversackError) else None)
         return outcomes
 
-    def _scheme_of(self, item: PendingBlock) -> Scheme:
-        return self._small if item.length < SMALL_BLOCK_BYTES else self._large
+    @property
+    def _large(self) -> Scheme:
+        """What new large blocks get: the cell may be moving to another scheme."""
+        schemes = self._map.schemes
+        return schemes[0] if schemes else self._settings.scheme
 
     def _put_cost(self, item: PendingBlock) -> int:
         """Bytes a put holds at its height: the plain parts, the stored block, the fragments."""
-        scheme = self._scheme_of(item)
+        scheme = _scheme_of(item, self._large)
         stored = item.length + ENVELOPE_BYTES
         fragments = scheme.n * FRAGMENT_HEADER_BYTES
         if scheme.kind is SchemeKind.RS:
@@ -257,6 +261,10 @@ class BlockClient:
         async with asyncio.TaskGroup() as tasks:
             reads = {block: tasks.create_task(read(block, known)) for block, known in left.items()}
         return {block: task.result() for block, task in reads.items()}
+
+
+def _scheme_of(item: PendingBlock, large: Scheme) -> Scheme:
+    return large.small_twin() if item.length < SMALL_BLOCK_BYTES else large
 
 
 def _get_cost(row: BlockRow) -> int:

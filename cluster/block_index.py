@@ -206,7 +206,7 @@ class BlockIndex:
                 claims.add((entry.owner, entry.hash))
             elif (fence := fences.get(entry.volume)) is None or entry.epoch != fence.epoch:
                 outcomes.append(RecordOutcome.FENCED)
-            elif _receipts_hold(entry, fence):
+            elif receipts_hold(entry, fence):
                 outcomes.append(RecordOutcome.NEW)
                 new[entry.hash] = entry
             else:
@@ -284,7 +284,7 @@ def count_debts(connection: Connection) -> int:
     return count
 
 
-def _receipts_hold(entry: NewBlock, fence: Fence) -> bool:
+def receipts_hold(entry: NewBlock, fence: Fence) -> bool:
     """Whether every slot is either missing or vouched for by its node's present incarnation."""
     if not entry.missing_slots and entry.receipts == fence.slots:
         return True  # the ordinary case, in slot order

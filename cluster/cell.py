@@ -151,11 +151,6 @@ def set_scheme(connection: Connection, scheme: Scheme) -> None:
     map_rows.next_version(connection)
 
 
-def read_scheme(connection: Connection) -> Scheme:
-    """What new large blocks get."""
-    return Scheme.parse(connection.execute(select(cell.c.scheme)).scalar_one())
-
-
 def add_nodes(db: Database, clock: Clock, specs: Sequence[NodeSpec]) -> None:
     """Add nodes to a cell, in state joining.
 

@@ -21,6 +21,7 @@ from protocol.errors import (
     BlockUnreadable,
     DatabaseBusy,
     HaversackError,
+    NeedsRepair,
     NodeUnavailable,
 )
 from protocol.ids import NodeId, VolumeId
@@ -51,7 +52,7 @@ class GetPath:
         deadline = clock.monotonic() + settings.get_s
         await self.freshen_map()
         for attempt in range(settings.get_attempts_max):
-            volume = await self._map.volume(row.volume)
+            row, volume = await self._volume_of(row)
             lives = self._lives(volume)
             reading = StripeRead(self._tools, row, volume, deadline, known)
             plain = await reading.read()
@@ -60,7 +61,7 @@ class GetPath:
                 return plain
             row, known = await self._row_again(row), None
             await self._map.refresh()
-            now = await self._map.volume(row.volume)
+            row, now = await self._volume_of(row)
             if _place(now) != _place(volume) or self._lives(volume) != lives:
                 continue
             pause_s = RETRY_FIRST_S * 2.0**attempt * (0.5 + self._tools.rng.random())
@@ -74,6 +75,17 @@ class GetPath:
         """Reads go on with an old map while the database is away."""
         with contextlib.suppress(DatabaseBusy):
             await self._map.refresh(self._tools.settings.map_age_s)
+
+    async def _volume_of(self, row: BlockRow) -> tuple[BlockRow, VolumeView]:
+        """Where a block lies.  A volume that is gone was emptied: the block is in another by now.
+
+        Raises `BlockNotFound`, `NeedsRepair`, `DatabaseBusy`.
+        """
+        try:
+            return row, await self._map.volume(row.volume)
+        except NeedsRepair:
+            row = await self._row_again(row)
+            return row, await self._map.volume(row.volume)
 
     async def _row_again(self, row: BlockRow) -> BlockRow:
         """What the index says now.  Raises `BlockNotFound`."""

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, case, delete, insert, select, update
 
-from cluster.schema import map_version, nodes, volume_slots, volumes
+from cluster.schema import cell, map_version, nodes, volume_slots, volumes
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
 from erasure.scheme import Scheme
 from protocol.ids import NodeId, VolumeId
@@ -43,6 +43,12 @@ def next_version(connection: Connection) -> int:
     """Raise the map's version for the changes of this transaction, and return it."""
     connection.execute(update(map_version).values(version=map_version.c.version + 1))
     return read_version(connection)
+
+
+def read_scheme(connection: Connection) -> Scheme | None:
+    """What new large blocks get; None without a cell."""
+    name = connection.execute(select(cell.c.scheme)).scalar_one_or_none()
+    return None if name is None else Scheme.parse(name)
 
 
 # -- nodes -------------------------------------------------------------------------------------

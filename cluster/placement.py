@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from math import ceil, gcd
@@ -84,6 +84,8 @@ class SealReason(enum.StrEnum):
     """A slot's node is full or fails writes, and a new volume holds fewer of such nodes."""
     WIDER = "wider"
     """A slot is vacant, and there is a node for it now: in a new volume."""
+    RETIRED = "retired"
+    """New blocks get another scheme now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,16 @@ class SealPlan:
     seals: tuple[Seal, ...]
 
 
-def plan_seals(view: CellView) -> SealPlan:
-    """Which of the open volumes in `view` to seal."""
+def plan_seals(view: CellView, kept: Collection[Scheme] | None = None) -> SealPlan:
+    """Which of the open volumes in `view` to seal.  Volumes of schemes that are not `kept` are;
+    None keeps all."""
     nodes = {node.node_id: node for node in view.nodes}
     takers = {node.node_id for node in view.nodes if node.takes_new_volumes}
     seals = []
     for volume in view.volumes:
         reason = _seal_reason(volume, nodes, takers, view.unwritable)
+        if reason is None and kept is not None and volume.scheme not in kept:
+            reason = SealReason.RETIRED
         if reason is not None:
             seals.append(Seal(volume.volume_id, reason))
     return SealPlan(tuple(seals))

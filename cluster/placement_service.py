@@ -28,6 +28,7 @@ from sqlalchemy import Connection
 
 from cluster import map_rows
 from cluster.cell import open_cell
+from cluster.change.jobs import wanted_schemes
 from cluster.events import CELL, EventKind, record_event
 from cluster.leadership import check_role, take_role
 from cluster.node_watch import NodeWatch, Ports
@@ -50,6 +51,7 @@ from cluster.topology import (
     may_happen,
     transition,
 )
+from erasure.scheme import Scheme
 from protocol.clock import Clock
 from protocol.errors import ConfigInvalid, DirectoryForeign, NotLeader, RetryLater, UnknownOutcome
 from protocol.ids import NodeId
@@ -107,6 +109,7 @@ class PlacementService:
         self._epoch = 0
         self._version = -1
         self._targets: tuple[StockTarget, ...] = ()
+        self._kept: dict[Scheme, float] = {}
         self._wake = asyncio.Event()
         self._watch: NodeWatch | None = None
         self._pass_lock = asyncio.Lock()
@@ -136,9 +139,7 @@ class PlacementService:
             return epoch, map_rows.read_nodes(connection)
 
         self._epoch, nodes = await self._db.write(work)
-        self._targets = tuple(
-            StockTarget(scheme, self._settings.open_volumes) for scheme in cell.schemes
-        )
+        self._want(cell.schemes)
         self._settled_by = self._clock.monotonic() + self._settings.start_grace_s
         self._watch = NodeWatch(self._ports, self._clock, self._settings, self._wake.set)
         self._watch.adopt(nodes)
@@ -253,7 +254,13 @@ class PlacementService:
             now = self._clock.wall()
             done = await self._lead(
                 lambda connection: _write_pass(
-                    connection, change, self._targets, random.Random(seed), now, settled
+                    connection,
+                    change,
+                    self._targets,
+                    frozenset(self._kept),
+                    random.Random(seed),
+                    now,
+                    settled,
                 )
             )
             self._started().adopt(done.nodes)
@@ -285,20 +292,35 @@ class PlacementService:
         changed (an operator who adds or drains a node)."""
         held = self._version
 
-        def work(connection: Connection) -> tuple[int, list[NodeView], list[VolumeView]]:
+        def work(
+            connection: Connection,
+        ) -> tuple[int, list[NodeView], list[VolumeView], tuple[Scheme, ...]]:
             check_role(connection, ROLE, self._epoch)
             version = map_rows.read_version(connection)
             nodes = [] if version == held else map_rows.read_nodes(connection, held)
-            return version, nodes, map_rows.read_open_volumes(connection)
+            opened = map_rows.read_open_volumes(connection)
+            return version, nodes, opened, wanted_schemes(connection)
 
-        self._version, changed, open_volumes = await self._db.read(work)
+        self._version, changed, open_volumes, schemes = await self._db.read(work)
+        self._want(schemes)
         watch = self._started()
         watch.adopt(changed)
         self._reviewed_at = self._clock.monotonic()
         # The random numbers do not matter: only whether there is a plan.
         view = CellView(watch.views(), tuple(open_volumes), unwritable)
-        seals, opens = _plan(view, self._targets, random.Random(0), self._settled())
+        kept = frozenset(self._kept)
+        seals, opens = _plan(view, self._targets, kept, random.Random(0), self._settled())
         return bool(seals.seals or opens.openings)
+
+    def _want(self, schemes: Sequence[Scheme]) -> None:
+        """Keep a stock of these schemes.  Open volumes of others stay a while: gateways find out
+        about a change of scheme within their map's age."""
+        now = self._clock.monotonic()
+        wanted = dict.fromkeys(schemes, now + self._settings.retired_after_s)
+        self._kept = {scheme: until for scheme, until in self._kept.items() if until > now} | wanted
+        self._targets = tuple(
+            StockTarget(scheme, self._settings.open_volumes) for scheme in schemes
+        )
 
     def _settled(self) -> bool:
         """Whether the service knows its nodes: volumes opened before would lie on the first few
@@ -341,10 +363,14 @@ def _admit(member: NodeView | None, registration: NodeRegistration) -> None:
 
 
 def _plan(
-    view: CellView, targets: Sequence[StockTarget], rng: random.Random, settled: bool
+    view: CellView,
+    targets: Sequence[StockTarget],
+    kept: frozenset[Scheme],
+    rng: random.Random,
+    settled: bool,
 ) -> tuple[SealPlan, OpenVolumesPlan]:
     """Seals, and the openings that make up for them; none before the nodes are known."""
-    seals = plan_seals(view)
+    seals = plan_seals(view, kept)
     if not settled:
         return seals, OpenVolumesPlan((), ())
     sealed = {seal.volume_id for seal in seals.seals}
@@ -357,6 +383,7 @@ def _write_pass(
     connection: Connection,
     change: _Change,
     targets: tuple[StockTarget, ...],
+    kept: frozenset[Scheme],
     rng: random.Random,
     now: float,
     settled: bool,
@@ -382,7 +409,7 @@ def _write_pass(
             map_rows.skip_incarnations(connection, node_id, incarnation + 1, version)
     current = tuple(map_rows.read_nodes(connection))
     view = CellView(current, tuple(map_rows.read_open_volumes(connection)), change.unwritable)
-    seals, opens = _plan(view, targets, rng, settled)
+    seals, opens = _plan(view, targets, kept, rng, settled)
     if seals.seals or opens.openings:
         version = map_rows.next_version(connection)
         for seal in seals.seals:

@@ -48,6 +48,10 @@ class PlacementSettings:
     here and a put there do not seal volumes in turns: more than a volume puts on one node.  On a
     disk smaller than sixteen times that, a sixteenth of it."""
 
+    retired_after_s: float = 30.0
+    """How long open volumes of a scheme that new blocks do not get any more are left open: longer
+    than a gateway goes on with an old map while its database is busy."""
+
     open_volumes: int = 4
     """Open volumes per scheme: enough node sets to route around a slow node, few enough that each
     fills before it grows old."""

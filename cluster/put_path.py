@@ -25,9 +25,10 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cluster.block_client_settings import BlockClientSettings, PutResult, Run
-from cluster.block_index import BlockIndex, BlockRow, NewBlock, Receipt, RecordOutcome
+from cluster.block_index import BlockRow, NewBlock, Receipt, RecordOutcome
 from cluster.block_rows import BlockRows
 from cluster.node_pool import NodePool
 from cluster.topology import VolumeView
@@ -54,6 +55,15 @@ from storage_node.interface import PutOutcome
 
 ENCODE_INLINE_BYTES = 32 * KIB
 """Less than this is sealed and encoded on the event loop: a thread costs more than the work."""
+
+
+class Recorder(Protocol):
+    """Where blocks become known: the block index, or what moves rows to another volume."""
+
+    async def record_puts(self, entries: Sequence[NewBlock]) -> list[RecordOutcome]:
+        """As `BlockIndex.record_puts`."""
+        ...
+
 
 _Stripe = list[tuple[bytes, Buffer]]
 """(header, payload) per slot."""
@@ -106,7 +116,7 @@ class PutPath:
 
     def __init__(
         self,
-        index: BlockIndex,
+        index: Recorder,
         rows: BlockRows,
         volume_map: VolumeMap,
         pool: NodePool,

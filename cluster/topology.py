@@ -117,6 +117,10 @@ SERVES_READS: Final = frozenset(
 """States in which a read should be tried first; a node that is down may be tried last."""
 
 
+LEAVING: Final = frozenset({NodeState.DRAINING, NodeState.DRAINED, NodeState.GONE})
+"""States of nodes that somebody took out on purpose: a cell without them is whole."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class FailureDomain:
     """Where a node stands.  A host belongs to one rack; an empty label counts as a name."""

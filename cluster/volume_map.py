@@ -32,6 +32,7 @@ class _Change(NamedTuple):
     nodes: list[NodeView]
     open_volumes: list[VolumeView]
     changed: list[VolumeId]
+    scheme: Scheme | None
 
 
 class VolumeMap:
@@ -53,6 +54,7 @@ class VolumeMap:
         self._nodes: dict[NodeId, NodeView] = {}
         self._volumes: dict[VolumeId, VolumeView] = {}
         self._open: dict[Scheme, tuple[VolumeView, ...]] = {}
+        self._scheme: Scheme | None = None
         self._refreshing: asyncio.Task[bool] | None = None
         self._refresh_began = float("-inf")
 
@@ -60,6 +62,13 @@ class VolumeMap:
     def version(self) -> int:
         """The map version held; 0 before the first `refresh`."""
         return self._version
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """What new large and small blocks get, each once; empty before the first `refresh`."""
+        if self._scheme is None:
+            return ()
+        return tuple(dict.fromkeys((self._scheme, self._scheme.small_twin())))
 
     async def refresh(self, max_age_s: float = 0.0) -> bool:
         """Bring the map up to date unless it is younger than `max_age_s`; True if it changed.
@@ -171,6 +180,7 @@ class VolumeMap:
                 map_rows.read_open_volumes(connection),
                 # A new map has nothing cached that could have changed.
                 map_rows.changed_volumes(connection, held) if held else [],
+                map_rows.read_scheme(connection),
             )
 
         began = self._clock.monotonic()
@@ -201,6 +211,7 @@ class VolumeMap:
             grouped.setdefault(volume.scheme, []).append(volume)
             self._keep(volume)
         self._open = {scheme: tuple(volumes) for scheme, volumes in grouped.items()}
+        self._scheme = change.scheme
         self._version = change.version
 
     def _keep(self, volume: VolumeView) -> None:

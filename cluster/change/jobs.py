@@ -32,8 +32,10 @@ from typing import Any, Final, TypeAlias
 import orjson
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from cluster import map_rows
 from cluster.events import EventKind, record_event
 from cluster.schema import jobs
+from erasure.scheme import Scheme
 from protocol.errors import JobNotFound, WrongState
 
 JobId: TypeAlias = int
@@ -279,6 +281,20 @@ def report_progress(connection: Connection, job_id: JobId, progress: Progress) -
         )
     )
     return bool(noted.rowcount)
+
+
+def wanted_schemes(connection: Connection) -> tuple[Scheme, ...]:
+    """Schemes that need open volumes: of new large and small blocks, and of transcodes."""
+    scheme = map_rows.read_scheme(connection)
+    own = () if scheme is None else (scheme, scheme.small_twin())
+    found = connection.execute(
+        select(jobs.c.arguments).where(
+            jobs.c.kind == JobKind.TRANSCODE.value,
+            jobs.c.state.in_([state.value for state in UNFINISHED]),
+        )
+    ).scalars()
+    targets = [Scheme.parse(orjson.loads(arguments)["to"]) for arguments in found]
+    return tuple(dict.fromkeys((*own, *targets)))
 
 
 def job_json(job: Job) -> dict[str, Any]:

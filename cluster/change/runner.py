@@ -56,7 +56,7 @@ class Work(Protocol):
         ...
 
 
-NewWork = Callable[[Job], Work]
+NewWork = Callable[[JobTools, Job], Work]
 
 
 async def nobody_to_tell() -> None:
@@ -159,7 +159,7 @@ class JobRunner:
 
     def _work_of(self, job: Job) -> Work | None:
         if job.kind is JobKind.TRANSCODE:
-            return None if self._transcode is None else self._transcode(job)
+            return None if self._transcode is None else self._transcode(self._tools, job)
         return MovingJob(self._tools, job)
 
     async def _carry_out(self, job: Job, work: Work) -> None:

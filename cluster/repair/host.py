@@ -16,13 +16,16 @@ from typing import Any, Final
 
 import structlog
 
+from cluster.block_client_settings import BlockClientSettings
 from cluster.change.runner import JobRunner
+from cluster.change.transcode import TranscodeParts
 from cluster.members import write_controller_plan
 from cluster.placement_host import socket_ports
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
 from erasure.codec import Codec
 from erasure.keyring import read_keyring
+from erasure.scheme import Scheme
 from protocol.allocator import release_free_memory, reuse_large_buffers, share_one_arena
 from protocol.clock import SystemClock
 from protocol.config import Settings, load
@@ -99,7 +102,8 @@ class RepairHost:
             holder=f"pid {os.getpid()}",
         )
         await self._service.start()
-        jobs = self._jobs(settings, self._service)
+        parts = self._transcode_parts(settings)
+        jobs = self._jobs(settings, self._service, parts)
         asyncio.get_running_loop().call_soon(release_free_memory)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -110,8 +114,26 @@ class RepairHost:
                     running.cancel()
         except* HaversackError as group:
             raise first_error(group) from None
+        finally:
+            await parts.aclose()
 
-    def _jobs(self, settings: Settings, service: RepairService) -> JobRunner:
+    def _transcode_parts(self, settings: Settings) -> TranscodeParts:
+        database = self._database
+        assert database is not None
+        return TranscodeParts(
+            database,
+            SystemClock(),
+            random.Random(os.urandom(16)),
+            socket_ports(database, settings),
+            Codec(),
+            read_keyring(settings.encryption_key_file),
+            self._run,
+            BlockClientSettings(
+                scheme=Scheme.parse(settings.scheme), compress=settings.compression
+            ),
+        )
+
+    def _jobs(self, settings: Settings, service: RepairService, parts: TranscodeParts) -> JobRunner:
         """What carries out drains, rebalances and other changes, under this service's role."""
         database = self._database
         assert database is not None
@@ -127,7 +149,8 @@ class RepairHost:
             service.lead,
             service.executor,
             self._run,
-            members_changed=members_changed,
+            parts.work,
+            members_changed,
         )
 
 
