@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from api.readiness import WHOLE_S, WRITES_S, ReadinessProbe
+from cluster.topology import NodeState
 from erasure.scheme import Scheme
 from protocol.errors import DatabaseBusy
 
@@ -18,6 +19,7 @@ SCHEMES = (Scheme.parse("rs-6-3"), Scheme.parse("replica-4"))
 class _Node:
     serves_reads: bool = True
     takes_writes: bool = True
+    state: NodeState = NodeState.UP
 
 
 @dataclass
@@ -26,13 +28,16 @@ class _Map:
     all: int = 9
     volumes: bool = True
     busy: bool = False
+    drained: int = 0
+    schemes: tuple[Scheme, ...] = SCHEMES
 
     async def refresh(self, _age_s: float) -> None:
         if self.busy:
             raise DatabaseBusy("locked")
 
     def nodes(self) -> list[_Node]:
-        return [_Node(i < self.up, i < self.up) for i in range(self.all)]
+        leaving = [_Node(True, False, NodeState.DRAINED) for _ in range(self.drained)]
+        return leaving + [_Node(i < self.up, i < self.up) for i in range(self.all)]
 
     def open_volumes(self, scheme: Scheme) -> list[Scheme]:
         return [scheme] if self.volumes else []
@@ -70,6 +75,18 @@ async def test_whole_cell_is_ready_at_once() -> None:
     assert answer.ready
     assert answer.details["whole"]
     assert answer.details["needs"] == {"read": 6, "write": 7}
+
+
+async def test_a_cell_without_the_nodes_that_were_taken_out_is_whole() -> None:
+    answer = await _Cell(map=_Map(drained=2)).probe().ask()
+    assert answer.details["whole"]
+    assert answer.details["nodes"] == {"all": 9, "reading": 9, "writing": 9}
+
+
+async def test_the_scheme_of_new_blocks_is_the_maps() -> None:
+    new = (Scheme.parse("rs-4-2"), Scheme.parse("replica-3"))
+    answer = await _Cell(map=_Map(schemes=new)).probe().ask()
+    assert answer.details["needs"] == {"read": 4, "write": 5}
 
 
 @pytest.mark.parametrize(
