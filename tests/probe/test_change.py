@@ -100,3 +100,31 @@ def _is_alive(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def test_a_cell_is_transcoded_while_it_is_read_and_every_block_is_identical() -> None:
+    with LiveCell(nodes=6, scheme="rs-2-1") as cell:
+        cell.start()
+        cell.wait_for_nodes(6)
+        blocks = put_blocks(cell, 24, seed=3)
+        asked = ("transcode", "--from", "rs-2-1", "--to", "rs-3-2", "--for-new")
+        plan = haversack(cell, *asked, "--dry-run")["plan"]
+        assert len(plan["blocked"]) + len(plan["volumes"]) > 0
+        number = haversack(cell, *asked, "--detach")["id"]
+
+        def is_done() -> bool:
+            assert_all_read_back(cell, blocks)
+            status, body = cell.ask("GET", f"/v1/admin/jobs/{number}")
+            assert status == 200, body
+            return bool(json.loads(body)["state"] == "done")
+
+        cell.wait_until("the job is done", is_done, 200)
+        assert cell.status()["scheme"] == "rs-3-2"
+        blocks |= put_blocks(cell, 6, seed=4)
+        assert_all_read_back(cell, blocks)
+        again = haversack(cell, *asked[:5], "--dry-run")["plan"]
+        assert (again["volumes"], again["blocked"]) == ([], [])
+        cell.kill_everything()
+        cell.start()
+        cell.wait_for_nodes(6)
+        assert_all_read_back(cell, blocks)
