@@ -31,8 +31,10 @@ from cluster.cell import open_cell
 from cluster.change.desk import ChangeDesk
 from cluster.explain.losses import Losses
 from cluster.explain.why import Explainer
+from cluster.members import upkeep_of
 from cluster.node_pool import NodePool
 from cluster.problem_log import ProblemLog
+from cluster.scrub_desk import ScrubDesk
 from cluster.status import CellStatus, read_status
 from cluster.topology import SERVES_READS, NodeView
 from cluster.verify.admin import Verification
@@ -174,7 +176,15 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             blocks=blocks,
             status=status,
             verification=Verification(cell_db, clock),
-            changes=ChangeDesk(cell_db, clock, run, settings.data, settings.node_capacity_bytes),
+            scrubs=ScrubDesk(volume_map, pool),
+            changes=ChangeDesk(
+                cell_db,
+                clock,
+                run,
+                settings.data,
+                settings.node_capacity_bytes,
+                upkeep_of(settings),
+            ),
             snapshot=snapshot,
             explainer=Explainer(cell_db, pool.port, clock, settings.node_out_after_s),
             losses=Losses(cell_db, clock),

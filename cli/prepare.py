@@ -28,7 +28,7 @@ from cluster.cell import (
     prepare_schema,
 )
 from cluster.fsck import switch
-from cluster.members import RACK, format_directory, write_controller_plan
+from cluster.members import RACK, format_directory, upkeep_of, write_controller_plan
 from erasure.scheme import Scheme
 from metadata.accounts import Accounts
 from metadata.schema import MIGRATIONS as METADATA_MIGRATIONS
@@ -61,7 +61,9 @@ def prepare(settings: Settings) -> None:
         cell = _cell(database, settings)
         _nodes(database, cell, settings)
         mark_stopped(database, SystemClock())
-        write_controller_plan(database, settings.data, settings.node_capacity_bytes)
+        write_controller_plan(
+            database, settings.data, settings.node_capacity_bytes, upkeep_of(settings)
+        )
     finally:
         database.close()
     asyncio.run(_admin(settings))

@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from storage_node.node_config import NodeUpkeep
+
 PLAN_FILE = "controller.json"
 
 
@@ -28,6 +30,7 @@ class ControllerPlan:
 
     cluster_id: str
     node_capacity_bytes: int | None
+    upkeep: NodeUpkeep
     nodes: tuple[PlannedNode, ...]
 
 
@@ -45,4 +48,5 @@ def read_plan(data: Path) -> ControllerPlan:
     """The plan as it was written last."""
     plan = json.loads((data / PLAN_FILE).read_text(encoding="utf-8"))
     nodes = tuple(PlannedNode(**node) for node in plan["nodes"])
-    return ControllerPlan(plan["cluster_id"], plan["node_capacity_bytes"], nodes)
+    upkeep = NodeUpkeep(**plan["upkeep"])
+    return ControllerPlan(plan["cluster_id"], plan["node_capacity_bytes"], upkeep, nodes)

@@ -23,22 +23,37 @@ from cluster.events import EventKind, record_event
 from cluster.schema import nodes, slot_moves, volume_slots
 from cluster.topology import NodeEvent, NodeState, NodeView, may_happen, transition
 from protocol.clock import Clock
+from protocol.config import Settings
 from protocol.errors import ConfigInvalid, DirectoryForeign, NodeNotFound, WrongState
 from protocol.ids import NodeId
 from sql.database import Database
 from storage_node import identity
+from storage_node.node_config import NodeUpkeep
 
 RACK: Final = "rack-1"
 """Rack of a node for which nobody named one."""
 
 
-def write_controller_plan(db: Database, data: Path, node_capacity_bytes: int | None) -> None:
+def upkeep_of(settings: Settings) -> NodeUpkeep:
+    """How nodes look after their disks, by the settings of whoever writes the plan."""
+    return NodeUpkeep(
+        scrub_period_s=settings.scrub_period_s,
+        scrub_bytes_per_s_max=settings.scrub_bytes_per_s_max,
+        placement_space_share=settings.space_placement_percent / 100,
+        client_space_share=settings.space_client_percent / 100,
+        repair_space_share=settings.space_repair_percent / 100,
+    )
+
+
+def write_controller_plan(
+    db: Database, data: Path, node_capacity_bytes: int | None, upkeep: NodeUpkeep
+) -> None:
     """Tell the controller which nodes to run: all members that are not gone.  Blocks."""
     cell = open_cell(db)
     assert cell is not None, "a cell is created before its controller starts"
     members = [node for node in cell.nodes if node.state is not NodeState.GONE]
     planned = tuple(PlannedNode(str(node.node_id), node.directory) for node in members)
-    write_plan(data, ControllerPlan(cell.cluster_id, node_capacity_bytes, planned))
+    write_plan(data, ControllerPlan(cell.cluster_id, node_capacity_bytes, upkeep, planned))
 
 
 def format_directory(directory: Path, cluster_id: str, node_id: NodeId) -> str:

@@ -105,6 +105,7 @@ class Supervisor:
             namespace=NAMESPACE,
             registrar=PLACEMENT_NAME,
             log_file=str(self._data / "logs" / f"{node.node_id}.log"),
+            upkeep=self._plan.upkeep,
         )
         actor = remote_storage_node().options(name=node.node_id).remote(config)
         self._nodes[node.node_id] = actor

@@ -40,7 +40,15 @@ from pydantic_settings.exceptions import SettingsError
 
 from protocol.errors import ConfigInvalid, MalformedId
 from protocol.ids import NodeId
-from protocol.limits import BATCH_BODY_BYTES_MAX, GIB, KIB, MIB
+from protocol.limits import (
+    BATCH_BODY_BYTES_MAX,
+    CLIENT_SPACE_SHARE,
+    GIB,
+    KIB,
+    MIB,
+    PLACEMENT_SPACE_SHARE,
+    REPAIR_SPACE_SHARE,
+)
 
 ENV_PREFIX: Final = "HAVERSACK_"
 ENV_CONFIG_FILE: Final = "HAVERSACK_CONFIG"
@@ -78,6 +86,16 @@ class Settings(BaseSettings):
     environment and the command line."""
     node_capacity_bytes: Bytes | None = None
     """What one node may fill; its file system's size when unset."""
+    space_placement_percent: float = Field(default=100 * PLACEMENT_SPACE_SHARE, gt=0, lt=100)
+    """Share of a node's capacity above which it gets no new volumes if others can be had."""
+    space_client_percent: float = Field(default=100 * CLIENT_SPACE_SHARE, gt=0, lt=100)
+    """Above which puts of clients are refused, and repair goes on."""
+    space_repair_percent: float = Field(default=100 * REPAIR_SPACE_SHARE, gt=0, lt=100)
+    """Above which repair is refused too, and only deletes and upkeep go on."""
+    scrub_period_s: Seconds = 14 * 24 * 3600.0
+    """Within this, each node reads and checks every fragment it holds."""
+    scrub_bytes_per_s_max: Bytes = 32 * MIB
+    """Bound of that reading on each node; `haversack scrub --now` has its own."""
     compression: bool = True
     """Compress a block when a sample of it says that this pays."""
     encryption_key_file: Path | None = None
@@ -195,6 +213,13 @@ class Settings(BaseSettings):
         if self.canary_alarm_s <= self.verify_period_s:
             raise ValueError(
                 "canary_alarm_s must be longer than verify_period_s: nobody has looked"
+            )
+        if not (
+            self.space_placement_percent <= self.space_client_percent <= self.space_repair_percent
+        ):
+            raise ValueError(
+                "it must hold that space_placement_percent <= space_client_percent <= "
+                "space_repair_percent: repair needs room that clients do not take"
             )
         if self.node_out_after_s < self.node_down_after_s:
             raise ValueError("node_out_after_s must not be shorter than node_down_after_s")

@@ -82,6 +82,17 @@ NODE_INFLIGHT_REQUESTS_MAX: Final = 1_024
 NODE_QUEUE_BYTES_MAX: Final = 64 * MIB
 """Fragment bytes waiting for a group commit on one node."""
 
+PLACEMENT_SPACE_SHARE: Final = 0.85
+"""Of a node's capacity, above which no new volume is placed on it if others can be had: what its
+open volumes still take, and what repair brings, must fit above."""
+
+CLIENT_SPACE_SHARE: Final = 0.90
+"""Above which puts of clients are refused; repair goes on, or a full cell could not heal."""
+
+REPAIR_SPACE_SHARE: Final = 0.95
+"""Above which puts of repair are refused too.  The rest is for deletes, node state and merges,
+which write before they free."""
+
 GATEWAY_PUT_BYTES_MAX: Final = 96 * MIB
 """Buffers of all puts that one gateway works on: six large blocks with their fragments."""
 
@@ -102,6 +113,7 @@ assert BLOCK_BYTES_MAX <= BATCH_BODY_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert STORED_BLOCK_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert SMALL_BLOCK_BYTES < BLOCK_BYTES_MAX < VOLUME_BYTES_TARGET
 assert INLINE_FILE_BYTES_MAX < SMALL_BLOCK_BYTES
+assert 0 < PLACEMENT_SPACE_SHARE < CLIENT_SPACE_SHARE < REPAIR_SPACE_SHARE < 1
 assert NODE_QUEUE_BYTES_MAX > FRAME_BODY_BYTES_MAX
 assert BATCH_BLOCKS_MAX <= FRAME_ITEMS_MAX
 assert COMMIT_BLOCKS_MAX * len('"' + "0" * 64 + '", ') < JSON_BODY_BYTES_MAX

@@ -26,7 +26,6 @@ from typing import Any, Final
 from protocol.allocator import release_free_memory
 from protocol.clock import Clock
 from protocol.errors import (
-    DirectoryCorrupt,
     DirectoryForeign,
     DirectoryInUse,
     HaversackError,
@@ -37,11 +36,13 @@ from storage_node import identity
 from storage_node.identity import Identity
 from storage_node.interface import NodeRegistration
 from storage_node.node import StorageNode
-from storage_node.node_config import NodeConfig
+from storage_node.node_config import NodeConfig, NodeUpkeep
 from storage_node.port_server import DataPort, serve
 from storage_node.rocks_options import EXTENT_FILE_BYTES, StoreOptions
 from storage_node.rocks_store import RocksStore, open_store
-from storage_node.service_state import Fault, ServiceState
+from storage_node.scrub import ScrubSettings
+from storage_node.service_state import ServiceState
+from storage_node.space import SpaceShares
 
 OPEN_RETRY_S: Final = 0.5
 OPEN_RETRY_S_MAX: Final = 15.0
@@ -77,6 +78,18 @@ def read_secret(path: Path) -> bytes:
     return bytes.fromhex(path.read_text(encoding="ascii").strip())
 
 
+def scrub_settings(upkeep: NodeUpkeep) -> ScrubSettings:
+    """How the node reads its own fragments."""
+    return ScrubSettings(upkeep.scrub_period_s, upkeep.scrub_bytes_per_s_max)
+
+
+def space_shares(upkeep: NodeUpkeep) -> SpaceShares:
+    """How far the node may fill, by who asks."""
+    return SpaceShares(
+        upkeep.placement_space_share, upkeep.client_space_share, upkeep.repair_space_share
+    )
+
+
 async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
     """The `run` of a real node.  rocksdict holds the GIL through puts and most of a get, so a
     thread would only add its hand-over; measured in `docs/design/006-data-port.md`."""
@@ -100,7 +113,14 @@ class NodeHost:
         self._directory = Path(config.directory)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="disk")
         expected = Identity(config.cluster_id, config.node_id, "unknown")
-        self.node = StorageNode(expected, None, clock, at_once, run_slow=self._in_thread)
+        self.node = StorageNode(
+            expected,
+            None,
+            clock,
+            at_once,
+            run_slow=self._in_thread,
+            scrub=scrub_settings(config.upkeep),
+        )
         self.port: DataPort | None = None
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
@@ -196,8 +216,7 @@ class NodeHost:
             return False
         except OperatorNeeded as error:
             self._say(error.message)
-            corrupt = isinstance(error, DirectoryCorrupt)
-            self.node.refuse(error.message, Fault.DISK if corrupt else Fault.DIRECTORY)
+            self.node.refuse(error)
             return False
         self.node.identity = owner
         self.node.attach(store)
@@ -219,7 +238,9 @@ class NodeHost:
                 {"directory": config.directory},
             )
         options = StoreOptions(
-            reserve_bytes=config.reserve_bytes, capacity_bytes=config.capacity_bytes
+            reserve_bytes=config.reserve_bytes,
+            capacity_bytes=config.capacity_bytes,
+            shares=space_shares(config.upkeep),
         )
         return owner, open_store(self._directory, owner, options)
 
@@ -266,7 +287,8 @@ class NodeHost:
     # -- upkeep ----------------------------------------------------------------------------
 
     async def _keep_tidy(self) -> None:
-        """Merge extents when nobody uses the node, or when very many were written."""
+        """Merge extents when nobody uses the node, when very many were written, and when the space
+        of deleted fragments is wanted back."""
         tidied_at = -1  # groups that had been written when there was nothing left to do
         while True:
             await self._clock.sleep(UPKEEP_S)
@@ -282,7 +304,7 @@ class NodeHost:
 
     def _may_tidy(self, groups_since: int) -> bool:
         idle = self._clock.monotonic() - self.node.last_use > IDLE_S
-        return idle or groups_since > UPKEEP_GROUPS_MAX
+        return idle or groups_since > UPKEEP_GROUPS_MAX or self.node.is_space_short
 
 
 def _close_opened(opening: asyncio.Future[tuple[Identity, RocksStore]]) -> None:

@@ -10,6 +10,7 @@ Layout of a node directory:
     identity      this file: text, so that a person can read it
     fresh         present until the store was created: permission to create it, used once
     store/        RocksDB
+    ballast       room held back for a full disk (`storage_node.ballast`)
     incoming/     extents being written, each linked into store/ when it is complete
 
 `identity` has one field a line, in this order:
@@ -25,11 +26,12 @@ History: version 1, first.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.errors import DirectoryForeign, FormatUnsupported, MalformedId
+from protocol.errors import DirectoryCorrupt, DirectoryForeign, FormatUnsupported, MalformedId
 from protocol.hashing import checksum64
 from protocol.ids import NodeId
 
@@ -37,6 +39,7 @@ IDENTITY_FILE = "identity"
 FRESH_FILE = "fresh"
 STORE_DIRECTORY = "store"
 INCOMING_DIRECTORY = "incoming"
+BALLAST_FILE = "ballast"
 
 _MAGIC = "haversack-node"
 _VERSION = 1
@@ -78,14 +81,20 @@ def initialise(directory: Path, identity: Identity) -> None:
 def load(directory: Path) -> Identity:
     """Read whose directory this is.
 
-    Raises `DirectoryForeign` if there is no identity or it is damaged, `FormatUnsupported` if a
-    newer version wrote it.
+    Raises `DirectoryForeign` if there is no identity or it is damaged, `DirectoryCorrupt` if the
+    disk cannot read it, `FormatUnsupported` if a newer version wrote it.
     """
     path = directory / IDENTITY_FILE
     try:
         with path.open("rb") as file:
             data = file.read(_IDENTITY_BYTES_MAX)
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise DirectoryCorrupt(
+                f"{path} cannot be read ({error.strerror}): set the disk aside, the cell rebuilds "
+                "what it held",
+                {"directory": str(directory)},
+            ) from error
         raise DirectoryForeign(
             f"{directory} has no readable identity ({error.strerror}): is the disk mounted?",
             {"directory": str(directory)},

@@ -24,6 +24,7 @@ from protocol.messages import (
     ScrubProgress,
     SummaryReply,
 )
+from storage_node.space import Space
 
 KEY_BYTES = 8 + 32 + 1
 
@@ -50,6 +51,12 @@ class FragmentKey(NamedTuple):
         )
 
 
+def just_below(bound: bytes) -> bytes | None:
+    """The greatest 41 bytes that are less than `bound`; None below zero."""
+    number = int.from_bytes(bound, "big")
+    return (number - 1).to_bytes(KEY_BYTES, "big") if number else None
+
+
 class StoredRecord(NamedTuple):
     """Answer for one key of a read: `record` is None unless `status` is OK."""
 
@@ -72,8 +79,8 @@ class NewestPage(NamedTuple):
 
     entries: list[tuple[FragmentKey, int]]
     """Keys and record lengths; zero where the entry itself is damaged."""
-    before: bytes | None
-    """Where to go on: 41 bytes, not always a key; None at the end."""
+    rest: bytes | None
+    """Bound of the next page: 41 bytes, not always a key; None at the end."""
     damaged: bool
     """A part of the index could not be read and was passed over."""
 
@@ -125,9 +132,9 @@ class FragmentStore(Protocol):
         """Keys and record lengths in key order after `after`; True if there are more."""
         ...
 
-    def newest(self, before: bytes | None, limit: int) -> NewestPage:
-        """Up to `limit` keys before `before` in reverse key order: newest volumes first.  What
-        cannot be read of the index is passed over, and said."""
+    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+        """Up to `limit` keys at or below `bound` (of all, for None) in reverse key order: newest
+        volumes first.  What cannot be read of the index is passed over, and said."""
         ...
 
     def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
@@ -156,8 +163,8 @@ class FragmentStore(Protocol):
         """Current counts."""
         ...
 
-    def free_bytes(self) -> int:
-        """What puts may still take of the disk, the reserve left aside; zero refuses them."""
+    def space(self) -> Space:
+        """What the store takes of its disk, and what puts may still take, by purpose."""
         ...
 
     def tidy(self, budget_bytes: int) -> int:

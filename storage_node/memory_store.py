@@ -7,7 +7,7 @@ opens another on the same `Disk`.  Faults are asked for on the disk and fire in 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,7 +24,9 @@ from storage_node.interface import (
     NewestPage,
     StoredRecord,
     StoreStats,
+    just_below,
 )
+from storage_node.space import Space, SpaceShares, space_of
 
 _ABSENT: Final = StoredRecord(ItemStatus.NOT_FOUND, None)
 _CORRUPT: Final = StoredRecord(ItemStatus.CORRUPT, None)
@@ -43,6 +45,7 @@ class Disk:
 
     capacity_bytes: int = 1024 * GIB
     reserve_bytes: int = 0
+    shares: SpaceShares = field(default_factory=SpaceShares)
     entries: dict[bytes, _Entry] = field(default_factory=dict)
     state: dict[str, bytes] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
@@ -155,7 +158,7 @@ class MemoryStore:
         disk = self._writable()
         latest = {key.pack(): bytes(record) for key, record in records}
         size = sum(map(len, latest.values()))
-        if disk.full or self.free_bytes() < size:
+        if self.space().free_for(purpose) < size:
             raise NodeFull("the disk is full: puts are refused, reads and deletes go on")
         if disk.torn is not None:
             kept, disk.torn = disk.torn, None
@@ -229,15 +232,15 @@ class MemoryStore:
             return [_FAILED] * len(keys)
         return [self._look(key) for key in keys]
 
-    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
         """A page of what is stored, in reverse key order."""
         disk = self._readable()
         if disk._touch() is not None or disk.unreadable:
             raise DirectoryCorrupt("the disk cannot be read (I/O error)")
-        end = len(disk.keys) if before is None else bisect_left(disk.keys, before)
+        end = len(disk.keys) if bound is None else bisect_right(disk.keys, bound)
         page = disk.keys[max(0, end - limit) : end][::-1]
         entries = [(FragmentKey.unpack(key), len(disk.entries[key].record)) for key in page]
-        return NewestPage(entries, page[-1] if end > limit else None, damaged=False)
+        return NewestPage(entries, just_below(page[-1]) if end > limit else None, damaged=False)
 
     def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
         """Note what is still bad, durably."""
@@ -276,12 +279,11 @@ class MemoryStore:
         counters = {"findings": len(disk.findings)}
         return StoreStats(len(disk.entries), disk.used_bytes, disk.used_bytes, counters)
 
-    def free_bytes(self) -> int:
-        """Free bytes above the reserve."""
+    def space(self) -> Space:
+        """What is taken, and what puts may still take."""
         disk = self._disk
-        return (
-            0 if disk.full else max(0, disk.capacity_bytes - disk.reserve_bytes - disk.used_bytes)
-        )
+        free = 0 if disk.full else max(0, disk.capacity_bytes - disk.used_bytes)
+        return space_of(disk.used_bytes, free, None, disk.reserve_bytes, disk.shares)
 
     def tidy(self, budget_bytes: int) -> int:
         """Nothing to do here."""

@@ -1,32 +1,32 @@
-"""Upkeep of extents: many short neighbouring files become one long one, without their dead records.
+"""Upkeep of extents: runs of neighbouring files are rewritten as one, without their dead records.
 
-Called by `RocksStore.tidy`, which the node runs when it is idle.  One group commit leaves one
-file; RocksDB's work per ingestion and its memory grow with their number.
+Called by `RocksStore.tidy`, which the node runs when it is idle, or short of space.  Two reasons:
+one group commit leaves one file, and RocksDB's work per ingestion grows with their number
+(`merge_plan`); and deleted records take space until their file is rewritten (`reclaim`).
 
-    plan      which run of neighbours to merge                    (pure, `plan_merge`)
+    plan      which run of neighbours to rewrite                  (pure, both)
     survey    read the whole run; list the records no index entry points to
     drop      tombstones for these, in one synced batch            (`RocksStore`)
     compact   RocksDB rewrites the run: new file durable, then the old ones go
+    settle    remove the `dead/` marks of what is gone, and count  (`RocksStore`)
 
 A crash between any two leaves the same records readable: a tombstone only ever covers a record
-that no index entry names, and RocksDB swaps files in one manifest write.  The survey comes first
-because a checksum error met by a compaction would stop all writes of the store; a file that
-cannot be read is left alone for the scrubber.
-
-Room for reclaiming by live share (a plan of one long file with many dead bytes, by the `dead/`
-marks): such a plan goes through the same four steps.
+that no index entry names, and RocksDB swaps files in one manifest write.  Marks go last, so that
+space which did not come back is planned for again; a mark whose record is gone is noticed by the
+next survey.  The survey comes first because a checksum error met by a compaction would stop all
+writes of the store; a file that cannot be read is left alone.  A record that is set aside, or that
+would replace one, counts as live until its finding ends.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rocksdict import BottommostLevelCompaction, CompactOptions, Rdict
 
-from protocol.limits import MIB
 from storage_node.extents import (
     Family,
     family_of,
@@ -35,19 +35,21 @@ from storage_node.extents import (
     sequence_of,
     unpack_place,
 )
+from storage_node.merge_plan import ExtentFile, MergePlan, extent_files, plan_merge
+from storage_node.reclaim import (
+    DEAD_BYTES_MIN,
+    DEAD_SHARE_MIN,
+    DEAD_SHARE_MIN_SHORT,
+    dead_records,
+    plan_reclaim,
+)
 from storage_node.rocks_read import fetch
 
 _DEAD_PREFIX = b"dead/"
 _LENGTH = struct.Struct("<I")
 
-SHORT_FILE_BYTES = 32 * MIB
-"""Files from this size on are not merged again, so a record is rewritten once."""
-
-RUN_BYTES_MIN = 128 * MIB
-RUN_FILES_MIN = 128
-"""A run is merged when it reaches either: many tiny files cost as much as few longer ones."""
-
 _LOOKUPS_AT_ONCE = 512
+_STALE_AT_ONCE = 4_096
 
 
 def dead_key(record_key: bytes) -> bytes:
@@ -66,89 +68,13 @@ def unpack_dead(value: bytes) -> int:
     return int(length)
 
 
-class ExtentFile(NamedTuple):
-    """One SST file of `extents` or `small`."""
-
-    family: Family
-    first_key: bytes
-    last_key: bytes
-    size: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class MergePlan:
-    """Neighbours to be rewritten as one."""
-
-    family: Family
-    files: tuple[ExtentFile, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @property
-    def first_key(self) -> bytes:
-        return self.files[0].first_key
-
-    @property
-    def last_key(self) -> bytes:
-        return max(file.last_key for file in self.files)
-
-
 class Survey(NamedTuple):
     """What reading a run showed."""
 
     dead: list[bytes]
     """Keys of records without an index entry, and of the marks of groups that hold no other."""
-
-
-def extent_files(live_files: Sequence[Mapping[str, Any]]) -> list[ExtentFile]:
-    """The files of `extents` and `small` among RocksDB's live files, in key order."""
-    found = []
-    for file in live_files:
-        family = family_of(file["start_key"])
-        if family is not None:
-            found.append(
-                ExtentFile(family, file["start_key"], file["end_key"], file["size"], file["name"])
-            )
-    return sorted(found, key=lambda file: file.first_key)
-
-
-def plan_merge(
-    files: Sequence[ExtentFile], budget_bytes: int, *, skip: frozenset[str] | set[str]
-) -> MergePlan | None:
-    """The first run of short neighbours worth merging within the budget; None if there is none.
-
-    `files` are in key order.  A run never crosses a long file, another family, or one in `skip`.
-    """
-    run: list[ExtentFile] = []
-    for file in [*files, None]:
-        ends = (
-            file is None
-            or file.size >= SHORT_FILE_BYTES
-            or file.name in skip
-            or (run and run[-1].family is not file.family)
-        )
-        full = (
-            file is not None and run and sum(item.size for item in run) + file.size > budget_bytes
-        )
-        if (ends or full) and _worth(run, full=bool(full)):
-            return MergePlan(run[0].family, tuple(run))
-        if ends or full:
-            run = []
-        if file is not None and file.size < SHORT_FILE_BYTES and file.name not in skip:
-            run.append(file)
-    return None
-
-
-def _worth(run: Sequence[ExtentFile], *, full: bool) -> bool:
-    if len(run) < 2:
-        return False
-    size = sum(file.size for file in run)
-    if full and size >= SHORT_FILE_BYTES:
-        return True  # as much as the budget allows, and what comes out is not short any more
-    return len(run) >= RUN_FILES_MIN or size >= RUN_BYTES_MIN
+    stale: list[bytes]
+    """Keys of records that are marked as dead and are not there any more."""
 
 
 @dataclass(slots=True)
@@ -166,28 +92,74 @@ class Merger:
     skip: set[str] = field(default_factory=set)
     """Files that could not be read or merged, until the store is opened again."""
 
-    def plan(self, budget_bytes: int) -> MergePlan | None:
-        """What to merge now; no put may be between its extent and its index entries."""
+    def plan(
+        self, budget_bytes: int, *, dead_bytes: int, room_bytes: int, is_short: bool
+    ) -> MergePlan | None:
+        """What to rewrite now; no put may be between its extent and its index entries.
+
+        `dead_bytes` are those of the whole store, `room_bytes` what a rewrite may take for a while.
+        """
         files = extent_files(self.database.live_files())
         self.counters["files"] = len(files)
-        return plan_merge(files, budget_bytes, skip=self.skip)
+        if dead_bytes >= DEAD_BYTES_MIN:
+            reclaim = plan_reclaim(
+                files,
+                dead_records(files, self._marks(b"")).bytes_by_file,
+                budget_bytes,
+                room_bytes=room_bytes,
+                share_min=DEAD_SHARE_MIN_SHORT if is_short else DEAD_SHARE_MIN,
+                skip=self.skip,
+            )
+            if reclaim is not None:
+                return reclaim
+        return plan_merge(files, min(budget_bytes, room_bytes), skip=self.skip)
+
+    def stale_marks(self) -> list[bytes]:
+        """Keys of records that are marked as dead, and lie in no file and no memory any more: a
+        crash came between their rewriting and the settling of their marks."""
+        files = extent_files(self.database.live_files())
+        homeless = dead_records(files, self._marks(b"")).homeless[:_STALE_AT_ONCE]
+        stale: list[bytes] = []
+        for family, records in self.families.items():
+            keys = [key for key in homeless if family_of(key) is family]
+            found = zip(keys, fetch(records, keys), strict=True)
+            stale += [key for key, record in found if record is None]
+        return stale
+
+    def _marks(self, first: bytes, last: bytes | None = None) -> Iterator[tuple[bytes, int]]:
+        """Record keys and lengths of dead records that may be dropped, from `first` to `last`."""
+        rows = self.database.iter()
+        rows.seek(dead_key(first))
+        while rows.valid() and rows.key().startswith(_DEAD_PREFIX):
+            key = rows.key()[len(_DEAD_PREFIX) :]
+            if last is not None and key > last:
+                break
+            if fragment_of(key) not in self.set_aside:
+                yield key, unpack_dead(rows.value())
+            rows.next()
+        rows.status()
 
     def survey(self, plan: MergePlan) -> Survey | None:
         """Read every record of the run.  None if a file cannot be read: it is skipped from now
         on, and the next plan goes around it."""
         dead: list[bytes] = []
+        present: set[bytes] = set()
         for file in plan.files:
             try:
-                dead += self._dead_in(plan.family, file)
+                keys = self._keys_in(plan.family, file)
             except Exception as error:
                 if "Corruption" not in str(error) and "IO error" not in str(error):
                     raise
                 self.skip.add(file.name)
                 self.counters["merges_failed"] += 1
                 return None
-        return Survey(dead)
+            present.update(key for key, _ in keys)
+            dead += _without_empty_groups(keys, self._live([key for key, _ in keys]))
+        marks = self._marks(plan.first_key, plan.last_key)
+        return Survey(dead, [key for key, _ in marks if key not in present])
 
-    def _dead_in(self, family: Family, file: ExtentFile) -> list[bytes]:
+    def _keys_in(self, family: Family, file: ExtentFile) -> list[tuple[bytes, bool]]:
+        """All keys of a file in order, True for group tables; reads every byte of it."""
         keys: list[tuple[bytes, bool]] = []
         entries = self.families[family].iter()
         entries.seek(file.first_key)
@@ -197,8 +169,7 @@ class Merger:
             keys.append((key, table))
             entries.next()
         entries.status()
-        live = self._live([key for key, _ in keys])
-        return _without_empty_groups(keys, live)
+        return keys
 
     def _live(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those record keys that an index entry points to."""
@@ -216,7 +187,7 @@ class Merger:
                     live.add(key)
         return live
 
-    def compact(self, plan: MergePlan) -> None:
+    def compact(self, plan: MergePlan) -> bool:
         """Rewrite the run.  RocksDB reports no error here, so the files are looked at again."""
         force = CompactOptions()
         force.set_bottommost_level_compaction(BottommostLevelCompaction.force())
@@ -227,9 +198,10 @@ class Merger:
         if kept:
             self.skip.update(kept)
             self.counters["merges_failed"] += 1
-            return
+            return False
         self.counters["merges"] += 1
         self.counters["merged_bytes"] += plan.size
+        return True
 
 
 def _without_empty_groups(keys: Sequence[tuple[bytes, bool]], live: set[bytes]) -> list[bytes]:

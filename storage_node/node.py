@@ -25,6 +25,7 @@ from protocol.errors import (
     InvalidRequest,
     NodeFull,
     NodeRefuses,
+    OperatorNeeded,
     StaleIncarnation,
     UnknownOutcome,
 )
@@ -42,7 +43,9 @@ from protocol.messages import (
     SpaceReport,
     SummaryReply,
 )
+from storage_node.disk_health import DiskHealth
 from storage_node.examine import examine_some
+from storage_node.findings import FINDINGS_MAX
 from storage_node.group_commit import GroupCommit, Run
 from storage_node.identity import Identity
 from storage_node.interface import (
@@ -55,6 +58,7 @@ from storage_node.interface import (
 )
 from storage_node.scrub import Scrubber, ScrubSettings
 from storage_node.service_state import Fault, ServiceState, transition
+from storage_node.space import Space
 
 INVENTORY_PAGE_MAX: Final = 16_384
 """Keys on one page of an inventory."""
@@ -104,7 +108,7 @@ class StorageNode:
         self._pid = os.getpid() if pid is None else pid
         self._state = ServiceState.OPENING
         self._detail = ""
-        self._fault = Fault.NONE
+        self._health = DiskHealth(clock)
         self._incarnation = 0
         self._lease_until = float("-inf")
         self._epochs: dict[VolumeId, int] = {}
@@ -141,9 +145,10 @@ class StorageNode:
     @property
     def fault(self) -> Fault:
         """What is wrong with the disk, as far as it is known."""
-        if self._fault is Fault.NONE and self.scrubber.disk_is_bad:
+        findings = 0 if self._store is None else self._store.stats().counters.get("findings", 0)
+        if self.scrubber.index_is_damaged or findings >= FINDINGS_MAX:
             return Fault.DISK
-        return self._fault
+        return self._health.fault
 
     @property
     def incarnation(self) -> int:
@@ -171,15 +176,15 @@ class StorageNode:
         self._unwritten_epochs.clear()
         self.scrubber.attach(store)
         self._store = store
-        self._fault = Fault.NONE
+        self._health.opened()
         if self._state is ServiceState.REFUSING:
             self._enter(ServiceState.OPENING, "")
         self._enter(ServiceState.SERVING, "")
 
-    def refuse(self, detail: str, fault: Fault) -> None:
+    def refuse(self, error: OperatorNeeded) -> None:
         """Do not serve, and say why: the directory is not ours, or cannot be opened."""
-        self._enter(ServiceState.REFUSING, detail)
-        self._fault = fault
+        self._enter(ServiceState.REFUSING, error.message)
+        self._health.refused(error)
 
     def wait_to_open(self, detail: str) -> None:
         """Not serving yet, and why: the directory is in use, or the disk is full."""
@@ -305,6 +310,7 @@ class StorageNode:
         if self._state is ServiceState.SERVING:
             self._write_failures += 1
             self._enter(ServiceState.FAILED, str(error))
+            self._health.write_failed(error)
 
     def _store_client_group(self, groups: list[_Group]) -> None:
         self._store_group(groups, PutPurpose.CLIENT)
@@ -442,6 +448,11 @@ class StorageNode:
         return self.scrubber.progress(counters.get("findings", 0))
 
     @property
+    def is_space_short(self) -> bool:
+        """Whether the space of deleted fragments is wanted back now, and not when it suits."""
+        return self._state is ServiceState.SERVING and self._held_store().space().is_short
+
+    @property
     def takes_own_writes(self) -> bool:
         """Whether the node may write for itself: no lease is needed for that."""
         return self._state is ServiceState.SERVING
@@ -530,7 +541,8 @@ class StorageNode:
             "queued_bytes": self._commits.queued_bytes,
             "lease": self.has_lease,
         }
-        fragments = fragment_bytes = used = free = 0
+        fragments = fragment_bytes = used = 0
+        space = Space(0, 0, 0, 0, 0)
         if self._store is not None and self._state is not ServiceState.CLOSING:
             stats = self._store.stats()
             fragments, fragment_bytes, used = (
@@ -538,7 +550,7 @@ class StorageNode:
                 stats.fragment_bytes,
                 stats.disk_bytes,
             )
-            free = self._store.free_bytes()
+            space = self._store.space()
             counters.update(stats.counters)
         return SummaryReply(
             str(self._state),
@@ -547,11 +559,11 @@ class StorageNode:
             fragments,
             fragment_bytes,
             used,
-            free,
+            space.client_free_bytes,
             self._pid,
             counters,
             str(self.fault),
-            SpaceReport(fragment_bytes + free, fragment_bytes, free, free, free),
+            SpaceReport(*space),
             self.scrubber.progress(counters.get("findings", 0)),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from rocksdict import (
 )
 
 from protocol.limits import GIB, KIB, MIB
+from storage_node.space import SpaceShares
 
 INDEX_FAMILY: Final = "index"
 EXTENTS_FAMILY: Final = "extents"
@@ -57,6 +58,9 @@ class StoreOptions:
     free_bytes: Callable[[Path], int] = free_disk_bytes
     capacity_bytes: int | None = None
     """What the records of this store may take; as much as the disk has, if None."""
+    ballast_bytes: int = 32 * MIB
+    """Held back for deletes on a disk that others filled (`storage_node.ballast`)."""
+    shares: SpaceShares = field(default_factory=SpaceShares)
     large_record_bytes: int = 32 * KIB
     """Records from this size on may go into extents."""
     ingest_bytes: int = 256 * KIB

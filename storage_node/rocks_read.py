@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from rocksdict import Rdict, RdictIter
 
@@ -17,7 +17,13 @@ from protocol.errors import CorruptFragment
 from protocol.hashing import checksum64
 from protocol.messages import ItemStatus
 from storage_node.extents import Family, Place, record_key, unpack_place
-from storage_node.interface import KEY_BYTES, FragmentKey, NewestPage, StoredRecord
+from storage_node.interface import (
+    KEY_BYTES,
+    FragmentKey,
+    NewestPage,
+    StoredRecord,
+    just_below,
+)
 from storage_node.rocks_errors import read_status
 
 _ABSENT = StoredRecord(ItemStatus.NOT_FOUND, None)
@@ -96,23 +102,53 @@ class Reader:
         entries.status()
         return found, more
 
-    def newest(self, before: bytes | None, limit: int) -> NewestPage:
-        """Keys and lengths before `before`, in reverse order, up to where the index cannot be
-        read; then a page of none that goes on below."""
+    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+        """Keys and lengths at or below `bound`, in reverse order, as far as the index can be read;
+        the next page then goes on below what cannot."""
         found: list[tuple[FragmentKey, int]] = []
-        position = before
+        rest = bound
         entries = self.index.iter()
         try:
-            _seek_below(entries, before)
+            if bound is None:
+                entries.seek_to_last()
+            else:
+                entries.seek_for_prev(bound)
             while entries.valid() and len(found) < limit:
-                position = entries.key()
-                found.append((FragmentKey.unpack(position), _length_in(entries.value())))
+                key = entries.key()
+                found.append((FragmentKey.unpack(key), _length_in(entries.value())))
+                rest = just_below(key)
                 entries.prev()
             more = bool(entries.valid())
             entries.status()
         except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
-            return NewestPage(found, below_gap(self.index, position), damaged=True)
-        return NewestPage(found, position if more else None, damaged=False)
+            return self._around_gap(found, rest)
+        return NewestPage(found, rest if more else None, damaged=False)
+
+    def _around_gap(
+        self, found: list[tuple[FragmentKey, int]], unreadable: bytes | None
+    ) -> NewestPage:
+        """The page `found` with the keys at both edges of the gap below it, which only a way
+        upwards reaches: going down, RocksDB must see the key before one that it shows."""
+        gap = find_gap(self.index, unreadable)
+        edges = self._upwards(gap.above, unreadable)
+        if gap.below is not None:
+            edges += self._upwards(gap.below, gap.above)
+        known = {key for key, _ in found}
+        more = [entry for entry in edges if entry[0] not in known]
+        rest = gap.below
+        if rest is not None and more and more[-1][0].pack() == rest:
+            rest = just_below(rest)
+        return NewestPage(found + more, rest, damaged=True)
+
+    def _upwards(self, start: bytes, end: bytes | None) -> list[tuple[FragmentKey, int]]:
+        """Keys from `start` on, up to `end` or to what cannot be read; greatest first."""
+        found: list[tuple[FragmentKey, int]] = []
+        entries = self.index.iter()
+        entries.seek(start)
+        while entries.valid() and (end is None or entries.key() <= end):
+            found.append((FragmentKey.unpack(entries.key()), _length_in(entries.value())))
+            entries.next()
+        return found[::-1]
 
     def recount(self) -> tuple[int, int]:
         """Fragments and bytes, by reading every index entry."""
@@ -127,14 +163,12 @@ class Reader:
         return fragments, size
 
 
-def _seek_below(entries: RdictIter, before: bytes | None) -> None:
-    """To the last key before `before`; to the last of all for None."""
-    if before is None:
-        entries.seek_to_last()
-        return
-    entries.seek_for_prev(before)
-    if entries.valid() and entries.key() == before:
-        entries.prev()
+def _seek(entries: RdictIter, bound: bytes, *, down: bool) -> None:
+    """To the last key at or below `bound`, or to the first at or above it."""
+    if down:
+        entries.seek_for_prev(bound)
+    else:
+        entries.seek(bound)
 
 
 def _length_in(entry: bytes) -> int:
@@ -144,35 +178,48 @@ def _length_in(entry: bytes) -> int:
         return 0
 
 
-def below_gap(index: Rdict, failed_below: bytes | None) -> bytes | None:
-    """Where reading backwards works again, below a part of the index that cannot be read.
+class Gap(NamedTuple):
+    """A part of the index that cannot be read, between two bounds."""
 
-    Looks ever further down from `failed_below` (the end, if None), then halves its way back up:
-    a bad block is a gap between two keys, and everything below it is to be read.  Returns a bound
-    for `newest`, None if nothing below can be read.
+    below: bytes | None
+    """From here downwards it can be read; None if nothing is left."""
+    above: bytes
+    """From here upwards it can be read."""
+
+
+def find_gap(index: Rdict, unreadable: bytes | None) -> Gap:
+    """The gap below a bound (the end, if None) from which reading downwards fails.
+
+    Looks ever further down, then halves its way back up: a bad block is a gap between two keys,
+    and what lies below it can be read.
     """
-    top = _KEYS_END if failed_below is None else int.from_bytes(failed_below, "big")
+    top = _KEYS_END if unreadable is None else int.from_bytes(unreadable, "big")
     step = 1
-    while not _readable_below(index, top - step):
+    while step <= top and not _is_readable(index, top - step, down=True):
         step *= 2
-        if step > top:
-            return None
-    low, high = top - step, top - step // 2  # reads work below `low`, not below `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _readable_below(index, middle):
-            low = middle
+    low = max(0, top - step)
+    below = None
+    if step <= top:
+        low = _boundary(index, low, top - step // 2, down=True)
+        below = low.to_bytes(KEY_BYTES, "big")
+    return Gap(below, _boundary(index, top, low, down=False).to_bytes(KEY_BYTES, "big"))
+
+
+def _boundary(index: Rdict, good: int, bad: int, *, down: bool) -> int:
+    """The bound next to `bad` from which reading in one direction still works."""
+    while abs(good - bad) > 1:
+        middle = (good + bad) // 2
+        if _is_readable(index, middle, down=down):
+            good = middle
         else:
-            high = middle
-    return low.to_bytes(KEY_BYTES, "big")
+            bad = middle
+    return good
 
 
-def _readable_below(index: Rdict, bound: int) -> bool:
-    if bound < 0:
-        return False
+def _is_readable(index: Rdict, bound: int, *, down: bool) -> bool:
     entries = index.iter()
     try:
-        _seek_below(entries, bound.to_bytes(KEY_BYTES, "big"))
+        _seek(entries, bound.to_bytes(KEY_BYTES, "big"), down=down)
         entries.status()
     except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
         return False

@@ -28,10 +28,11 @@ from protocol.errors import (
     NodeRefuses,
 )
 from protocol.hashing import Buffer, checksum64
-from protocol.limits import FRAME_BODY_BYTES_MAX
+from protocol.limits import FRAME_BODY_BYTES_MAX, MIB
 from protocol.messages import ItemStatus, PutPurpose
 from storage_node import findings as book
 from storage_node import identity, merge
+from storage_node.ballast import Ballast
 from storage_node.examine import examined
 from storage_node.extents import (
     Family,
@@ -52,7 +53,7 @@ from storage_node.interface import (
     StoredRecord,
     StoreStats,
 )
-from storage_node.rocks_errors import open_error, reading, write_error
+from storage_node.rocks_errors import DiskFailure, classify, open_error, reading, write_error
 from storage_node.rocks_options import (
     EXTENTS_FAMILY,
     INDEX_FAMILY,
@@ -64,10 +65,14 @@ from storage_node.rocks_options import (
 )
 from storage_node.rocks_read import Reader, fetch
 from storage_node.roll_forward import unindexed_groups
+from storage_node.space import Space, space_of
 from storage_node.totals import TOTALS_KEY, Totals
 
 _UNSYNCED_GROUPS_MAX = 64
 """Bounds what an open after a power cut has to index again."""
+
+_MERGE_MARGIN_BYTES = 1 * MIB
+"""Left alone by a rewrite on a nearly full disk: catalogue, log and tombstones grow as well."""
 
 _STORE_ID = "store_id"
 _GONE = StoredRecord(ItemStatus.NOT_FOUND, None)
@@ -120,12 +125,14 @@ class RocksStore:
         self._counters = dict.fromkeys(
             ("extents_written", "batches_synced", "rolled_forward", "tables_unreadable"), 0
         )
+        self._ballast = Ballast(directory, options.ballast_bytes)
         path = directory / STORE_DIRECTORY
         if not create and not (path / "CURRENT").exists():
             raise DirectoryForeign(
                 f"{directory} holds no store where one was created before",
                 {"directory": str(directory)},
             )
+        self._ballast.balance(options.free_bytes(directory))
         try:
             self._open(path)
         except Exception as error:
@@ -207,12 +214,7 @@ class RocksStore:
         with self._lock:
             self._check_writable()
             size = sum(len(record) for record in latest.values())
-            if self.free_bytes() < size:
-                raise NodeFull(
-                    f"{self._directory} has less than its reserve free: puts are refused, reads "
-                    "and deletes go on",
-                    {"directory": str(self._directory), "needed": size},
-                )
+            self._check_room(size, purpose)
             with self._writing("storing a group"):
                 self._put(
                     [
@@ -270,13 +272,22 @@ class RocksStore:
     def _add_extent(self, sequence: int, items: list[Item]) -> int:
         path = self._incoming / f"{sequence:016x}.sst"
         try:
-            after = write_extent(self._families.extents, path, sequence, items)
+            after = self._write_extent(path, sequence, items)
             self._extents.ingest_external_file([str(path)], self._ingest)
         except BaseException:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             raise
         return after
+
+    def _write_extent(self, path: Path, sequence: int, items: list[Item]) -> int:
+        """A disk that fills up while the file is written has lost nothing: the store goes on."""
+        try:
+            return write_extent(self._families.extents, path, sequence, items)
+        except Exception as error:
+            if classify(error) is not DiskFailure.NO_SPACE:
+                raise
+            raise write_error(error, self._directory) from error
 
     def _add_places(
         self,
@@ -314,6 +325,7 @@ class RocksStore:
         packed = [key.pack() for key in keys]
         with self._lock:
             self._check_writable()
+            self._make_room()
             with self._writing("deleting a group"):
                 known = self._places(list(dict.fromkeys(packed)))
                 if known:
@@ -332,6 +344,7 @@ class RocksStore:
         """Set node state; durable on return."""
         with self._lock:
             self._check_writable()
+            self._make_room()
             with self._writing("writing node state"):
                 batch = WriteBatch(raw_mode=True)
                 for name, value in values.items():
@@ -343,6 +356,22 @@ class RocksStore:
         with self._lock, self._writing("flushing"):
             for family in (self._index, self._small, self._database):  # totals last
                 family.flush()
+
+    def _check_room(self, size: int, purpose: PutPurpose) -> None:
+        space = self.space()
+        free = space.free_for(purpose)
+        if free < size:
+            raise NodeFull(
+                f"{self._directory} takes no more {purpose.name.lower()} puts: {free} bytes are "
+                f"left for them of a capacity of {space.capacity_bytes}, {space.used_bytes} are "
+                "used; reads and deletes go on",
+                {"directory": str(self._directory), "needed": size, "free": free},
+            )
+
+    def _make_room(self) -> None:
+        """Before a write that must succeed on a full disk."""
+        if self._ballast.is_held:
+            self._ballast.balance(self._options.free_bytes(self._directory))
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -359,7 +388,11 @@ class RocksStore:
         and what reached the disk is known again only after an open."""
         try:
             yield
+        except NodeFull:
+            raise  # before anything was changed
         except Exception as error:
+            if classify(error) is DiskFailure.NO_SPACE:
+                self._ballast.give_up()  # so that the store can be opened again, and deletes work
             self._failure = f"{doing} failed: {error}"
             raise write_error(error, self._directory) from error
 
@@ -403,9 +436,9 @@ class RocksStore:
 
     # -- what went bad -------------------------------------------------------------------------
 
-    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
         """A page of the index in reverse order; what cannot be read of it is passed over."""
-        return self._reader.newest(before, limit)
+        return self._reader.newest(bound, limit)
 
     def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
         """Read records, also those set aside; one that is gone answers NOT_FOUND."""
@@ -415,6 +448,7 @@ class RocksStore:
         """Look once more, and note what is still bad; durable on return."""
         with self._lock:
             self._check_writable()
+            self._make_room()
             with self._writing("setting fragments aside"):
                 held = [key for key in keys if self._is_indexed(key.pack())]
                 change = book.look_again(self._findings, held, self.examine, at)
@@ -459,18 +493,26 @@ class RocksStore:
     # -- upkeep ----------------------------------------------------------------------------
 
     def tidy(self, budget_bytes: int) -> int:
-        """Merge one run of neighbouring small extents, dropping what was deleted from them.
+        """Rewrite one run of neighbouring extents, dropping what was deleted from them.
 
         Crash-safe at every step; see `storage_node/merge.py`.
         """
+        self._ballast.balance(self._options.free_bytes(self._directory))
         with self._lock:
             self._check_writable()
             with self._writing("syncing the index"):
                 self._database.flush_wal(True)
             self._unsynced_groups = 0
-            plan = self._merger.plan(budget_bytes)
-        if plan is None:
-            return 0
+            plan = self._merger.plan(
+                budget_bytes,
+                dead_bytes=self._totals.dead_bytes,
+                room_bytes=self._options.free_bytes(self._directory) - _MERGE_MARGIN_BYTES,
+                is_short=self.space().is_short,
+            )
+            if plan is None:
+                with self._writing("counting space that came back before"):
+                    self._settle(self._merger.stale_marks())
+                return 0
         with reading(self._directory):
             survey = self._merger.survey(plan)
         if survey is None:
@@ -479,21 +521,38 @@ class RocksStore:
             self._check_writable()
             with self._writing("dropping deleted records"):
                 self._drop_dead(plan.family, survey)
-        self._merger.compact(plan)
+        if not self._merger.compact(plan):
+            return 0
+        with self._lock:
+            self._check_writable()
+            with self._writing("counting the space that came back"):
+                gone = [key for key in survey.dead if fragment_of(key) is not None]
+                self._settle(gone + survey.stale)
         return plan.size
 
     def _drop_dead(self, family: Family, survey: merge.Survey) -> None:
         if not survey.dead:
             return
         batch = WriteBatch(raw_mode=True)
-        marks = [merge.dead_key(key) for key in survey.dead if fragment_of(key) is not None]
-        lengths = [merge.unpack_dead(v) for v in fetch(self._database, marks) if v is not None]
         for key in survey.dead:
             batch.delete(key, self._handles[family])
-        for mark in marks:
-            batch.delete(mark)
-        self._commit(batch, self._totals.reclaimed(len(lengths), sum(lengths)), sync=True)
+        self._database.write(batch, self._synced)
         self._bulk[family].flush()
+
+    def _settle(self, gone: list[bytes]) -> None:
+        """Take the marks of records away that are gone now."""
+        marks = [merge.dead_key(key) for key in gone]
+        values = fetch(self._database, marks)
+        known = {
+            mark: value for mark, value in zip(marks, values, strict=True) if value is not None
+        }
+        if not known:
+            return
+        batch = WriteBatch(raw_mode=True)
+        for mark in known:
+            batch.delete(mark)
+        length = sum(map(merge.unpack_dead, known.values()))
+        self._commit(batch, self._totals.reclaimed(len(known), length), sync=True)
 
     def stats(self) -> StoreStats:
         """Counts as of the last write."""
@@ -512,13 +571,16 @@ class RocksStore:
         }
         return StoreStats(totals.fragments, totals.fragment_bytes, disk, counters)
 
-    def free_bytes(self) -> int:
-        """Free bytes above the reserve, and within the capacity of this store."""
-        free = self._options.free_bytes(self._directory) - self._options.reserve_bytes
-        if self._options.capacity_bytes is not None:
-            taken = self._totals.fragment_bytes + self._totals.dead_bytes
-            free = min(free, self._options.capacity_bytes - taken)
-        return max(0, free)
+    def space(self) -> Space:
+        """What the records take, deleted ones too, and what puts may still take."""
+        options = self._options
+        return space_of(
+            self._totals.fragment_bytes + self._totals.dead_bytes,
+            options.free_bytes(self._directory),
+            options.capacity_bytes,
+            options.reserve_bytes,
+            options.shares,
+        )
 
     def recount(self) -> tuple[int, int]:
         """Fragments and bytes by reading the whole index (about 1 us an entry): for a check of

@@ -35,7 +35,8 @@ from protocol.errors import HaversackError
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus, Message, ScrubAction, ScrubProgress
 from storage_node.examine import examined
-from storage_node.interface import FragmentKey, FragmentStore, StoreStats
+from storage_node.findings import FINDINGS_MAX
+from storage_node.interface import Finding, FragmentKey, FragmentStore, StoreStats, just_below
 
 STATE_NAME: Final = "scrub"
 
@@ -74,7 +75,7 @@ class _Saved(Message, frozen=True, array_like=True, gc=False):
 
     version: int
     progress: ScrubProgress
-    before: bytes
+    bound: bytes
     """Where to go on; empty at the newest."""
 
 
@@ -84,7 +85,7 @@ class _Stretch(NamedTuple):
     fragments: int
     size: int
     bad: list[FragmentKey]
-    before: bytes | None
+    rest: bytes | None
     damaged: bool
 
 
@@ -116,7 +117,7 @@ class Scrubber:
         self._clock = clock
         self._settings = settings
         self._progress = ScrubProgress()
-        self._before: bytes | None = None
+        self._bound: bytes | None = None
         self._due = float("-inf")
         self._deferred_until = float("-inf")
         self._saved_at = float("-inf")
@@ -125,7 +126,7 @@ class Scrubber:
     def attach(self, store: FragmentStore) -> None:
         """Go on where the store says.  What cannot be read is begun anew."""
         self._generation += 1
-        self._progress, self._before = ScrubProgress(), None
+        self._progress, self._bound = ScrubProgress(), None
         self._due = self._saved_at = self._clock.monotonic()
         written = store.get_state(STATE_NAME)
         if written is None:
@@ -135,7 +136,7 @@ class Scrubber:
         except (msgspec.DecodeError, msgspec.ValidationError):
             return
         if saved.version == _VERSION:
-            self._progress, self._before = saved.progress, saved.before or None
+            self._progress, self._bound = saved.progress, saved.bound or None
             self._damaged = saved.progress.index_damaged
 
     def progress(self, findings: int) -> ScrubProgress:
@@ -143,8 +144,8 @@ class Scrubber:
         return replace(self._progress, findings=findings)
 
     @property
-    def disk_is_bad(self) -> bool:
-        """What was found speaks of the disk, not of single records."""
+    def index_is_damaged(self) -> bool:
+        """A part of the index could not be read, when it was read last."""
         return self._progress.index_damaged
 
     async def order(self, action: ScrubAction, bytes_per_s: int) -> None:
@@ -185,7 +186,7 @@ class Scrubber:
 
     async def _step(self) -> float:
         if not self._progress.running:
-            if self._clock.wall() < self._progress.started + self._settings.period_s / 2:
+            if self._clock.wall() < self._next_begin():
                 return LOOK_S
             self._begin(self._held_stats())
             await self._save()
@@ -193,17 +194,23 @@ class Scrubber:
         if wait_s > 0:
             return min(wait_s, LOOK_S)
         generation = self._generation
-        stretch: _Stretch = await self._node.read_own(_read_stretch, self._before)
+        stretch: _Stretch = await self._node.read_own(_read_stretch, self._bound)
         noted = 0
         if stretch.bad:
             noted = await self._node.write_own(self._set_aside, stretch.bad)
         if generation == self._generation:  # else another pass began, or another store was opened
             self._advance(stretch, noted)
-            if stretch.before is None:
+            if stretch.rest is None:
+                await self._look_at_findings()
                 self._end()
-            if noted or stretch.before is None or self._is_save_due():
+            if noted or stretch.rest is None or self._is_save_due():
                 await self._save()
         return min(max(0.0, self._due - self._clock.monotonic()), LOOK_S)
+
+    def _next_begin(self) -> float:
+        """When the calendar wants the next pass; at once on a disk that was never read."""
+        progress = self._progress
+        return progress.started + self._settings.period_s / 2 if progress.pass_number else 0.0
 
     def _set_aside(self, groups: list[list[FragmentKey]]) -> int:
         store = self._node.store
@@ -211,9 +218,16 @@ class Scrubber:
         keys = list(dict.fromkeys(key for group in groups for key in group))
         return store.set_aside(keys, self._clock.wall())
 
+    async def _look_at_findings(self) -> None:
+        """Errors of the disk, and records that were gone, may have been put right meanwhile."""
+        found, _ = await self._node.read_own(_open_findings)
+        unsure = [item.key for item in found if item.status is not ItemStatus.CORRUPT]
+        for start in range(0, len(unsure), STEP_KEYS):
+            await self._node.write_own(self._set_aside, unsure[start : start + STEP_KEYS])
+
     def _begin(self, held: StoreStats) -> None:
         self._generation += 1
-        self._before = None
+        self._bound = None
         self._progress = replace(
             self._progress,
             pass_number=self._progress.pass_number + 1,
@@ -240,7 +254,7 @@ class Scrubber:
             findings_of_pass=done.findings_of_pass + noted,
             index_damaged=done.index_damaged or stretch.damaged,
         )
-        self._before = stretch.before
+        self._bound = stretch.rest
         rate = self._rate()
         now = self._clock.monotonic()
         self._due = now if rate is None else max(self._due, now - LOOK_S) + stretch.size / rate
@@ -287,7 +301,7 @@ class Scrubber:
         return self._clock.monotonic() - self._saved_at >= SAVE_S
 
     async def _save(self) -> None:
-        saved = _Saved(_VERSION, self._progress, self._before or b"")
+        saved = _Saved(_VERSION, self._progress, self._bound or b"")
         self._saved_at = self._clock.monotonic()
         await self._node.write_own(self._put_saved, msgspec.msgpack.encode(saved))
 
@@ -297,24 +311,28 @@ class Scrubber:
         store.put_state({STATE_NAME: states[-1]})
 
 
-def _read_stretch(store: FragmentStore, before: bytes | None) -> _Stretch:
-    """Read and check the next fragments before `before`."""
-    page = store.newest(before, STEP_KEYS)
+def _read_stretch(store: FragmentStore, bound: bytes | None) -> _Stretch:
+    """Read and check the next fragments at or below `bound`."""
+    page = store.newest(bound, STEP_KEYS)
     wanted: list[FragmentKey] = []
     size = 0
     for key, length in page.entries:
         if wanted and size + length > STEP_BYTES:
-            return _checked(store, wanted, size, wanted[-1].pack(), damaged=False)
+            return _checked(store, wanted, size, just_below(wanted[-1].pack()), damaged=False)
         wanted.append(key)
         size += length
-    return _checked(store, wanted, size, page.before, damaged=page.damaged)
+    return _checked(store, wanted, size, page.rest, damaged=page.damaged)
+
+
+def _open_findings(store: FragmentStore) -> tuple[list[Finding], bool]:
+    return store.findings(None, FINDINGS_MAX)
 
 
 def _checked(
     store: FragmentStore,
     keys: Sequence[FragmentKey],
     size: int,
-    before: bytes | None,
+    rest: bytes | None,
     *,
     damaged: bool,
 ) -> _Stretch:
@@ -324,4 +342,4 @@ def _checked(
         for key, answer in zip(keys, answers, strict=True)
         if examined(key, answer).status is not ItemStatus.OK
     ]
-    return _Stretch(len(keys), size, bad, before, damaged)
+    return _Stretch(len(keys), size, bad, rest, damaged)

@@ -31,6 +31,7 @@ from storage_node.interface import (
     StoreStats,
 )
 from storage_node.memory_store import Disk
+from storage_node.space import Space
 
 DISK_MEAN_S = 0.0015
 """A synced group on a good disk."""
@@ -229,9 +230,9 @@ class SimStore:
         """See `FragmentStore.inventory`."""
         return self._inner.inventory(after, limit)
 
-    def newest(self, before: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
         """See `FragmentStore.newest`."""
-        return self._inner.newest(before, limit)
+        return self._inner.newest(bound, limit)
 
     def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
         """See `FragmentStore.findings`."""
@@ -245,9 +246,9 @@ class SimStore:
         """See `FragmentStore.stats`."""
         return self._inner.stats()
 
-    def free_bytes(self) -> int:
-        """See `FragmentStore.free_bytes`."""
-        return self._inner.free_bytes()
+    def space(self) -> Space:
+        """See `FragmentStore.space`."""
+        return self._inner.space()
 
     def tidy(self, budget_bytes: int) -> int:
         """See `FragmentStore.tidy`."""

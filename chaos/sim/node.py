@@ -31,7 +31,7 @@ from protocol.messages import (
     SummaryReply,
 )
 from storage_node import identity
-from storage_node.host import NodeHost, Register
+from storage_node.host import NodeHost, Register, scrub_settings
 from storage_node.identity import Identity
 from storage_node.interface import (
     FragmentKey,
@@ -41,11 +41,14 @@ from storage_node.interface import (
     VerifiedRecord,
 )
 from storage_node.node import StorageNode
-from storage_node.node_config import NodeConfig
+from storage_node.node_config import NodeConfig, NodeUpkeep
 from storage_node.port_server import DataPort
 from storage_node.rocks_store import RocksStore
 
 CAPACITY_BYTES = 1 << 40
+
+SCRUB_PERIOD_S = 60.0
+"""A run lasts minutes: the scrubber must get round within them."""
 
 LOOK_S_MIN = 1.0
 """A simulated host looks after its node this seldom: its frequent looks, mostly at nothing, would
@@ -98,6 +101,7 @@ class SimNode(NodeHost):
             capacity_bytes=CAPACITY_BYTES,
             namespace="",
             registrar="",
+            upkeep=NodeUpkeep(scrub_period_s=SCRUB_PERIOD_S),
         )
         super().__init__(config, register, _Unhurried(clock), rng.randbytes)
         self.life = life
@@ -110,6 +114,7 @@ class SimNode(NodeHost):
             disk.run,
             run_slow=disk.run,
             pid=life,
+            scrub=scrub_settings(config.upkeep),
         )
         self._disk = disk
         self._process = process

@@ -22,6 +22,7 @@ from cluster.topology import NodeView
 from protocol.clock import Clock
 from protocol.ids import NodeId
 from sql.database import Database
+from storage_node.node_config import NodeUpkeep
 
 Run = Callable[..., Awaitable[Any]]
 """`await run(function, *args)`: calls a function that blocks, off the event loop."""
@@ -37,12 +38,14 @@ class ChangeDesk:
         run: Run,
         data: Path,
         node_capacity_bytes: int | None,
+        upkeep: NodeUpkeep,
     ) -> None:
         self._db = db
         self._clock = clock
         self._run = run
         self._data = data
         self._node_capacity_bytes = node_capacity_bytes
+        self._upkeep = upkeep
 
     # -- nodes -----------------------------------------------------------------------------------
 
@@ -67,7 +70,9 @@ class ChangeDesk:
 
         def work() -> NodeView:
             view = members.add_node(self._db, self._clock, directory, host, rack, weight)
-            members.write_controller_plan(self._db, self._data, self._node_capacity_bytes)
+            members.write_controller_plan(
+                self._db, self._data, self._node_capacity_bytes, self._upkeep
+            )
             return view
 
         view = await self._run(work)

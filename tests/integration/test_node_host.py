@@ -282,9 +282,11 @@ async def test_a_capacity_is_kept(config: NodeConfig) -> None:
     directory = formatted(Path(config.directory))
     store = rocks(directory, capacity_bytes=10_000)
     store.put_group([fragment_record(1, 5_000)])
-    assert store.free_bytes() == 10_000 - len(fragment_record(1, 5_000)[1])
+    assert store.space().client_free_bytes == 10_000 - len(fragment_record(1, 5_000)[1])
     store.delete_group([fragment_key(1)])
-    assert store.free_bytes() == 10_000 - len(fragment_record(1, 5_000)[1])  # not yet given back
+    assert store.space().client_free_bytes == 10_000 - len(
+        fragment_record(1, 5_000)[1]
+    )  # not yet given back
     store.close()
 
 

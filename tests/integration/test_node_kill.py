@@ -23,10 +23,10 @@ WRITER = """
     from pathlib import Path
     from node_parts import fragment_key, noise, rocks
     from protocol.limits import MIB
-    from storage_node import merge
+    from storage_node import merge_plan
 
     directory, first, size, group, tidy = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    merge.RUN_FILES_MIN = 4
+    merge_plan.RUN_FILES_MIN = 4
     store = rocks(directory)
     number = first
     while True:

@@ -14,7 +14,7 @@ from node_parts import fragment_key, noise, rocks
 
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus
-from storage_node import merge
+from storage_node import merge_plan
 from storage_node.interface import FragmentKey
 from storage_node.rocks_store import RocksStore
 
@@ -62,11 +62,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def tidy(self) -> None:
-        shortest, merge.RUN_FILES_MIN = merge.RUN_FILES_MIN, 2
+        shortest, merge_plan.RUN_FILES_MIN = merge_plan.RUN_FILES_MIN, 2
         try:
             self.store.tidy(64 * MIB)
         finally:
-            merge.RUN_FILES_MIN = shortest
+            merge_plan.RUN_FILES_MIN = shortest
 
     @rule()
     def reopen(self) -> None:

@@ -23,10 +23,14 @@ from storage_node.port_client import SocketPort
 from storage_node.port_server import DataPort, serve
 from storage_node.rocks_options import StoreOptions
 from storage_node.rocks_store import RocksStore, open_store
+from storage_node.space import SpaceShares
 
 CLUSTER_ID = "cluster-1"
 SECRET = b"a secret of thirty-two bytes, 32"
 IDENTITY = Identity(CLUSTER_ID, NodeId("node-01"), "store-1")
+WHOLE_DISK = SpaceShares(1.0, 1.0, 1.0)
+"""Thresholds that are none."""
+
 LARGE = 300 * KIB
 """Goes into an extent of its own."""
 
@@ -62,7 +66,8 @@ def rocks(directory: Path, **options: Any) -> RocksStore:
     """Open the store of `IDENTITY`, formatting the directory if there is none."""
     if not directory.exists():
         formatted(directory)
-    return open_store(directory, IDENTITY, StoreOptions(**{"reserve_bytes": 0, **options}))
+    whole = {"reserve_bytes": 0, "ballast_bytes": 0, "shares": WHOLE_DISK}
+    return open_store(directory, IDENTITY, StoreOptions(**{**whole, **options}))
 
 
 async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,6 +19,7 @@ from node_parts import (
 
 from erasure.fragment import parse
 from protocol.errors import (
+    DirectoryForeign,
     InvalidRequest,
     NodeFull,
     NodeRefuses,
@@ -307,7 +308,7 @@ async def test_an_inventory_pages_through_everything(node: StorageNode) -> None:
 
 async def test_a_node_without_a_store_says_so_and_takes_no_lease(clock: HandClock) -> None:
     node = node_on(None, clock)
-    node.refuse("the directory belongs to node-07", Fault.DIRECTORY)
+    node.refuse(DirectoryForeign("the directory belongs to node-07"))
     answer = await node.lease(3, LEASE_S)
     assert (answer.state, answer.detail) == ("refusing", "the directory belongs to node-07")
     assert answer.fault == (await node.summary()).fault == Fault.DIRECTORY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.limits import MIB
 from storage_node.extents import Family, mark_key
-from storage_node.merge import (
+from storage_node.merge_plan import (
     RUN_FILES_MIN,
     SHORT_FILE_BYTES,
     ExtentFile,

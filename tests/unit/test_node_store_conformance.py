@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from node_parts import LARGE, fragment_key, noise, rocks
+from node_parts import LARGE, WHOLE_DISK, fragment_key, fragment_record, noise, rocks
 
 from protocol.errors import DirectoryInUse, NodeFull, NodeRefuses
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus
-from storage_node.interface import FragmentKey, FragmentStore
+from storage_node.interface import Finding, FragmentKey, FragmentStore
 from storage_node.memory_store import Disk, MemoryStore
 
 OK, NOT_FOUND, NOT_SENT = ItemStatus.OK, ItemStatus.NOT_FOUND, ItemStatus.NOT_SENT
+CORRUPT = ItemStatus.CORRUPT
 FREE = 64 * MIB
 
 
@@ -24,7 +25,7 @@ class Lab:
     def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
         self.free = FREE
-        self.disk = Disk()
+        self.disk = Disk(shares=WHOLE_DISK)
         self._directory = directory / "node"
 
     def open(self) -> FragmentStore:
@@ -211,7 +212,7 @@ def test_a_full_disk_refuses_puts_and_goes_on_with_the_rest(lab: Lab) -> None:
     store.close()
     lab.free = 10
     store = lab.open()
-    assert store.free_bytes() == 10
+    assert store.space().client_free_bytes == 10
     with pytest.raises(NodeFull):
         store.put_group([(fragment_key(5), noise(5, 11))])
     assert read(store, fragment_key(0), fragment_key(5)) == [noise(0, LARGE), None]
@@ -233,3 +234,81 @@ def test_tidying_changes_nothing_that_can_be_seen(store: FragmentStore) -> None:
     assert (store.stats().fragments, store.stats().fragment_bytes, all_keys(store)) == before
     kept = [(key, record) for number, (key, record) in enumerate(group) if number not in (2, 6)]
     assert read(store, *(key for key, _ in kept)) == [record for _, record in kept]
+
+
+# -- what went bad -----------------------------------------------------------------------------
+
+
+def spoil(store: FragmentStore, key: FragmentKey) -> None:
+    """Bytes that the store takes for its own and that are no fragment."""
+    store.put_group([(key, b"not a fragment")])
+
+
+def fragments(*numbers: int) -> list[tuple[FragmentKey, bytes]]:
+    return [fragment_record(number) for number in numbers]
+
+
+def test_pages_run_from_the_newest_volume_to_the_oldest(store: FragmentStore) -> None:
+    keys = [fragment_key(number, volume=volume) for volume in (1, 2, 3) for number in range(4)]
+    store.put_group([(key, noise(1, 10)) for key in keys])
+    listed: list[FragmentKey] = []
+    bound: bytes | None = None
+    while True:
+        page = store.newest(bound, 5)
+        assert not page.damaged
+        listed += [key for key, length in page.entries if length == 10]
+        bound = page.rest
+        if bound is None:
+            break
+    assert listed == sorted(keys, key=FragmentKey.pack, reverse=True)
+
+
+def test_only_what_is_bad_is_set_aside_and_survives_opening_again(lab: Lab) -> None:
+    store = lab.open()
+    store.put_group(fragments(1, 2, 3))
+    spoil(store, fragment_key(2))
+    asked = [fragment_key(number) for number in (1, 2, 3, 4)]
+    assert store.set_aside(asked, 12.5) == 1
+    assert store.set_aside(asked, 99.0) == 0
+    store.close()
+    store = lab.open()
+    assert store.findings(None, 10) == ([Finding(fragment_key(2), CORRUPT, 12.5)], False)
+    assert [answer.status for answer in store.get_many(asked)] == [OK, CORRUPT, OK, NOT_FOUND]
+    assert store.stats().counters["findings"] == 1
+    store.close()
+
+
+def test_findings_are_paged_in_key_order(store: FragmentStore) -> None:
+    keys = sorted((fragment_key(number) for number in range(7)), key=FragmentKey.pack)
+    store.put_group([(key, b"bad") for key in keys])
+    assert store.set_aside(keys, 1.0) == 7
+    first, more = store.findings(None, 4)
+    rest, end = store.findings(first[-1].key, 4)
+    assert (more, end) == (True, False)
+    assert [finding.key for finding in first + rest] == keys
+
+
+def test_a_finding_ends_with_a_good_record_or_a_delete_and_not_with_a_bad_one(
+    store: FragmentStore,
+) -> None:
+    bad = [fragment_key(number) for number in (1, 2, 3)]
+    store.put_group([(key, b"bad") for key in bad])
+    store.set_aside(bad, 1.0)
+    store.put_group([*fragments(1), (fragment_key(3), b"bad too")])
+    store.delete_group([fragment_key(2)])
+    assert [finding.key for finding in store.findings(None, 9)[0]] == [fragment_key(3)]
+    assert read(store, *bad) == [fragments(1)[0][1], None, None]
+
+
+def test_upkeep_keeps_what_is_set_aside(store: FragmentStore) -> None:
+    group = [fragment_record(number, LARGE) for number in range(6)]
+    for item in group:
+        store.put_group([item])
+    spoil_key = group[2][0]
+    store.put_group([(spoil_key, noise(1, LARGE))])
+    store.set_aside([spoil_key], 1.0)
+    store.delete_group([key for number, (key, _) in enumerate(group) if number != 2])
+    while store.tidy(64 * MIB):
+        pass
+    (answer,) = store.examine([spoil_key])
+    assert answer.record == noise(1, LARGE)
