@@ -25,6 +25,7 @@ from api.gate import Gate
 from api.metadata_routes import MetadataRoutes
 from api.openapi import with_token
 from api.routing import Route
+from api.scrub_routes import ScrubRoutes
 from api.services import Services
 from api.system_routes import SystemRoutes
 from api.turns import Turns
@@ -101,6 +102,7 @@ class GatewayApp(FastAPI):
             *verify.routes(),
             *changes.routes(),
             *explain.routes(),
+            *ScrubRoutes(services.scrubs).routes(),
         ]
 
     def build_middleware_stack(self) -> ASGIApp:

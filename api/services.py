@@ -80,6 +80,7 @@ class Services:
     changes: ChangeDesk
     explainer: Explainer
     losses: Losses
+    scrubs: ScrubDesk
     run: Run
     cell_db: Database
     sample: WatchSample

@@ -119,6 +119,7 @@ def _application(name: str) -> Any:
             losses=instant,
             readiness=instant,
             changes=instant,
+            scrubs=instant,
             run=run,
             cell_db=instant,
             canaries=instant,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cli import change, nodes
+from cli import change, nodes, scrub
 from cli.connection import ServerOptions
 from cli.failures import Exit, report_failure
 from cli.options import Config, DryRun, Json, Quiet, Server, TokenFile
@@ -303,6 +303,7 @@ def demo(
 
 
 nodes.register(app)
+scrub.register(app)
 change.register(app)
 
 

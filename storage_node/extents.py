@@ -15,6 +15,7 @@ extent lies beyond all others and is never compacted to make room.
 | small   | "S", sequence, fragment key                   | record                             |
 | default | "totals"                                      | `Totals`                           |
 | default | "dead/", record key of a deleted record       | its length (4 bytes)               |
+| default | "finding/", fragment key                   | status, when (`findings`)          |
 | default | "state/", name                                | the node's own state               |
 
 The letter tells the files of the families apart in RocksDB's list of files, which does not.

@@ -132,9 +132,10 @@ class FragmentStore(Protocol):
         """Keys and record lengths in key order after `after`; True if there are more."""
         ...
 
-    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
-        """Up to `limit` keys at or below `bound` (of all, for None) in reverse key order: newest
-        volumes first.  What cannot be read of the index is passed over, and said."""
+    def newest(self, bound: bytes | None, limit: int, bytes_max: int) -> NewestPage:
+        """Keys at or below `bound` (of all, for None) in reverse key order: newest volumes first.
+        Up to `limit`, and of records up to `bytes_max` in all, but for the first.  What cannot be
+        read of the index is passed over, and said."""
         ...
 
     def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:

@@ -232,15 +232,21 @@ class MemoryStore:
             return [_FAILED] * len(keys)
         return [self._look(key) for key in keys]
 
-    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int, bytes_max: int) -> NewestPage:
         """A page of what is stored, in reverse key order."""
         disk = self._readable()
         if disk._touch() is not None or disk.unreadable:
             raise DirectoryCorrupt("the disk cannot be read (I/O error)")
         end = len(disk.keys) if bound is None else bisect_right(disk.keys, bound)
-        page = disk.keys[max(0, end - limit) : end][::-1]
-        entries = [(FragmentKey.unpack(key), len(disk.entries[key].record)) for key in page]
-        return NewestPage(entries, just_below(page[-1]) if end > limit else None, damaged=False)
+        entries: list[tuple[FragmentKey, int]] = []
+        for key in disk.keys[max(0, end - limit) : end][::-1]:
+            length = len(disk.entries[key].record)
+            if entries and length > bytes_max:
+                break
+            bytes_max -= length
+            entries.append((FragmentKey.unpack(key), length))
+        rest = just_below(entries[-1][0].pack()) if end > len(entries) else None
+        return NewestPage(entries, rest, damaged=False)
 
     def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
         """Note what is still bad, durably."""

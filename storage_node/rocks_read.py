@@ -102,7 +102,7 @@ class Reader:
         entries.status()
         return found, more
 
-    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int, bytes_max: int) -> NewestPage:
         """Keys and lengths at or below `bound`, in reverse order, as far as the index can be read;
         the next page then goes on below what cannot."""
         found: list[tuple[FragmentKey, int]] = []
@@ -115,7 +115,11 @@ class Reader:
                 entries.seek_for_prev(bound)
             while entries.valid() and len(found) < limit:
                 key = entries.key()
-                found.append((FragmentKey.unpack(key), _length_in(entries.value())))
+                length = _length_in(entries.value())
+                if found and length > bytes_max:
+                    break
+                bytes_max -= length
+                found.append((FragmentKey.unpack(key), length))
                 rest = just_below(key)
                 entries.prev()
             more = bool(entries.valid())

@@ -436,9 +436,9 @@ class RocksStore:
 
     # -- what went bad -------------------------------------------------------------------------
 
-    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int, bytes_max: int) -> NewestPage:
         """A page of the index in reverse order; what cannot be read of it is passed over."""
-        return self._reader.newest(bound, limit)
+        return self._reader.newest(bound, limit, bytes_max)
 
     def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
         """Read records, also those set aside; one that is gone answers NOT_FOUND."""

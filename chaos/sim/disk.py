@@ -230,9 +230,9 @@ class SimStore:
         """See `FragmentStore.inventory`."""
         return self._inner.inventory(after, limit)
 
-    def newest(self, bound: bytes | None, limit: int) -> NewestPage:
+    def newest(self, bound: bytes | None, limit: int, bytes_max: int) -> NewestPage:
         """See `FragmentStore.newest`."""
-        return self._inner.newest(bound, limit)
+        return self._inner.newest(bound, limit, bytes_max)
 
     def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
         """See `FragmentStore.findings`."""

@@ -10,8 +10,9 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from node_parts import fragment_key, noise, rocks
+from node_parts import fragment_key, fragment_record, noise, rocks
 
+from erasure.fragment import MAGIC
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus
 from storage_node import merge_plan
@@ -21,6 +22,23 @@ from storage_node.rocks_store import RocksStore
 numbers = st.integers(0, 12)
 sizes = st.sampled_from([0, 1, 900, 31 * KIB, 33 * KIB, 150 * KIB, 300 * KIB])
 groups = st.lists(st.tuples(numbers, sizes, st.integers(0, 3)), min_size=1, max_size=5)
+
+
+def is_fragment(record: bytes) -> bool:
+    """`noise` starts with anything but a fragment's magic."""
+    return record.startswith(MAGIC)
+
+
+def copy_alive(directory: Path, copy: Path) -> None:
+    """Copy an open store; again, if RocksDB removed a file meanwhile."""
+    for _ in range(10):
+        try:
+            shutil.copytree(directory, copy)
+        except shutil.Error:
+            shutil.rmtree(copy)
+        else:
+            return
+    raise AssertionError("the store never rests")
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -33,6 +51,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.directory = self.root / "node"
         self.model: dict[FragmentKey, bytes] = {}
         self.state: dict[str, bytes] = {}
+        self.aside: set[FragmentKey] = set()
         self.store = rocks(self.directory)
 
     @rule(group=groups)
@@ -50,6 +69,22 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.delete_group(keys) == expected
         for key in keys:
             self.model.pop(key, None)
+            self.aside.discard(key)
+
+    @rule(chosen=numbers, size=sizes)
+    def put_a_good_fragment(self, chosen: int, size: int) -> None:
+        key, record = fragment_record(chosen, size)
+        self.store.put_group([(key, record)])
+        self.model[key] = record
+        self.aside.discard(key)
+
+    @rule(chosen=st.lists(numbers, max_size=5, unique=True))
+    def set_aside(self, chosen: list[int]) -> None:
+        """What `put` stores is no fragment, and what `put_a_good_fragment` stores is one."""
+        keys = [fragment_key(number) for number in chosen]
+        bad = {key for key in keys if key in self.model and not is_fragment(self.model[key])}
+        assert self.store.set_aside(keys, 1.0) == len(bad - self.aside)
+        self.aside |= bad
 
     @rule(name=st.sampled_from(["a", "b"]), value=st.binary(max_size=5))
     def set_state(self, name: str, value: bytes) -> None:
@@ -77,7 +112,7 @@ class StoreMachine(RuleBasedStateMachine):
     def crash(self) -> None:
         self.lives += 1
         copy = self.root / f"life-{self.lives}"
-        shutil.copytree(self.directory, copy)
+        copy_alive(self.directory, copy)
         self._drop()
         self.directory = copy
         self.store = rocks(copy)
@@ -93,7 +128,10 @@ class StoreMachine(RuleBasedStateMachine):
             return
         keys = [fragment_key(number) for number in range(13)]
         for key, answer in zip(keys, store.get_many(keys), strict=True):
+            assert answer.record == (None if key in self.aside else self.model.get(key))
+        for key, answer in zip(keys, store.examine(keys), strict=True):
             assert answer.record == self.model.get(key)
+        assert {finding.key for finding in store.findings(None, 100)[0]} == self.aside
         listed, more = store.inventory(None, 100)
         assert not more
         assert dict(listed) == {key: len(record) for key, record in self.model.items()}

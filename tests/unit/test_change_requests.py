@@ -30,6 +30,7 @@ from protocol.errors import (
 from protocol.ids import NodeId
 from sql.database import Database
 from storage_node import identity
+from storage_node.node_config import NodeUpkeep
 
 DRAIN = parse_request("drain", {"node": "node-03"})
 
@@ -229,7 +230,7 @@ def test_a_directory_becomes_a_node_and_the_controller_is_told(
         view.store_id,
     )
     Rows(db).set_state(3, NodeState.GONE)
-    members.write_controller_plan(db, tmp_path, 7)
+    members.write_controller_plan(db, tmp_path, 7, NodeUpkeep())
     planned = {node.node_id: node.directory for node in read_plan(tmp_path).nodes}
     assert planned["node-13"] == str(disk)
     assert "node-03" not in planned

@@ -251,7 +251,9 @@ async def test_a_damaged_index_is_a_fault_of_the_disk_until_a_pass_reads_it_whol
     store = node.store
     assert isinstance(store, MemoryStore)
     newest = store.newest
-    store.newest = lambda bound, limit: NewestPage(*newest(bound, limit)[:2], damaged=True)  # type: ignore[method-assign]
+    store.newest = lambda bound, limit, bytes_max: NewestPage(
+        *newest(bound, limit, bytes_max)[:2], damaged=True
+    )  # type: ignore[method-assign]
     await node.scrub(ScrubAction.START, 0)
     await whole_pass(node, clock)
     assert (await node.summary()).scrub.index_damaged

@@ -254,7 +254,7 @@ def test_pages_run_from_the_newest_volume_to_the_oldest(store: FragmentStore) ->
     listed: list[FragmentKey] = []
     bound: bytes | None = None
     while True:
-        page = store.newest(bound, 5)
+        page = store.newest(bound, 5, 30)
         assert not page.damaged
         listed += [key for key, length in page.entries if length == 10]
         bound = page.rest
