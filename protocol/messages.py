@@ -135,7 +135,7 @@ class LeaseReply(Message, frozen=True, array_like=True, gc=False):
     fault: str = ""
     """A `storage_node.service_state.Fault`: what is wrong with the disk, as far as it is known."""
     free_bytes: int = -1
-    """What puts may still fill; -1 if the node does not know or does not say."""
+    """What puts of clients may still fill; -1 if the node does not know or does not say."""
     write_failures: int = 0
     """Writes that this process's disk has failed: it is open again soon after each."""
 

@@ -522,7 +522,7 @@ class StorageNode:
 
     def _lease_reply(self) -> LeaseReply:
         serves = self._store is not None and self._state is ServiceState.SERVING
-        free = self._held_store().free_bytes() if serves else -1
+        free = self._held_store().space().client_free_bytes if serves else -1
         return LeaseReply(
             self._incarnation,
             str(self._state),
