@@ -123,6 +123,23 @@ def healed_block_is_whole(
     return found
 
 
+def verifier_misses_nothing(stripe: Stripe, lost_nodes: frozenset[NodeId]) -> list[Violation]:
+    """After a deep pass that found nothing: every slot on a disk that works holds an intact record,
+    or is owed.  Records that lie in good order are a decode's to find, not a verifier's."""
+    wrong = {
+        slot: state.value
+        for slot, state in enumerate(stripe.slots)
+        if state is not SlotState.INTACT
+        and slot not in stripe.debts
+        and stripe.nodes[slot] is not None
+        and stripe.nodes[slot] not in lost_nodes
+    }
+    if not wrong:
+        return []
+    message = f"slots {wrong} of {stripe.volume}: a deep pass called them good"
+    return [Violation("verifier_misses_nothing", str(stripe.block), message)]
+
+
 def lost_block_is_excused(block: BlockHash, stripe: Stripe | None, error: str) -> list[Violation]:
     """Invariant 1, after the faults stopped: an acknowledged block that cannot be read has lost
     more than m fragments to faults."""

@@ -42,6 +42,9 @@ from cluster.placement_settings import PlacementSettings
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeView
+from cluster.verify.host import run_with_verifier
+from cluster.verify.pass_rows import request_pass, verification_of
+from cluster.verify.settings import VerifierSettings
 from erasure.codec import Codec
 from erasure.fragment import peek_key
 from erasure.keyring import Keyring
@@ -60,6 +63,19 @@ from storage_node.node import StorageNode
 CLUSTER_ID = "simulated-cell"
 OWNERS = ("ann", "bob", "cat")
 REGISTER_DEADLINE_S = 5.0
+VERIFIER = VerifierSettings(
+    period_s=120.0,
+    poll_s=5.0,
+    settle_s=65.0,
+    grace_s=300.0,
+    section_blocks_max=200,
+    index_page_rows=64,
+    inventory_page_keys=64,
+    call_s=5.0,
+    findings_s=5.0,
+)
+"""Passes all the time, in pages and sections."""
+
 OPEN_VOLUME_S = 2.0
 """A pass of the placement service, and the next look of a gateway at the map."""
 
@@ -174,6 +190,24 @@ class SimCell:
         database.close()
         self.start(str(spec.node_id))
         return spec.node_id
+
+    def request_deep_pass(self) -> None:
+        """An operator runs `haversack verify --deep`."""
+        database = Database(sqlite_url(self._directory / "cell.db"), inline=True)
+        now = self.hosts["repair"].clock.wall()
+        database.transact(
+            lambda connection: request_pass(
+                connection, now, deep=True, remove_strays=False, dry_run=False
+            )
+        )
+        database.close()
+
+    def verification(self) -> dict[str, Any]:
+        """What the verifier says."""
+        database = Database(sqlite_url(self._directory / "cell.db"), inline=True)
+        found = database.read_now(verification_of)
+        database.close()
+        return found
 
     # -- processes -----------------------------------------------------------------------------
 
@@ -343,11 +377,16 @@ class SimCell:
         self._guard(host, life, main())
 
     def _start_repair(self, host: Host, life: Life) -> None:
+        database = self._open_database(host, life, "cell.db", self._watch_moves)
+
+        def connect(view: NodeView) -> SimPort:
+            return self._connect(life.process, view)
+
         service = self._parts.repair(
-            self._open_database(host, life, "cell.db", self._watch_moves),
+            database,
             host.clock,
             host.rng("service"),
-            lambda view: self._connect(life.process, view),
+            connect,
             self._codec,
             self._keyring(),
             _run_inline,
@@ -355,7 +394,18 @@ class SimCell:
             holder=f"repair-{life.number}",
         )
         self._may_recover(host)
-        self._guard(host, life, service.run())
+
+        async def main() -> None:
+            await run_with_verifier(
+                service.run(),
+                database,
+                host.clock,
+                connect,
+                lambda: service.epoch,
+                VERIFIER,
+            )
+
+        self._guard(host, life, main())
 
     def _keyring(self) -> Keyring | None:
         return Keyring([bytes(32)]) if self.options.encrypted else None

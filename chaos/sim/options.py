@@ -55,6 +55,8 @@ class Options:
     nemesis: NemesisPlan
     out_after_s: float = 30.0
     """After which a node that is down counts as lost for good."""
+    verified: bool = False
+    """Whether the healed cell is verified until a deep pass finds nothing."""
 
     def describe(self) -> list[str]:
         """Lines for a report."""
@@ -66,7 +68,8 @@ class Options:
             f"time: {self.fault_s:.0f} s of faults, then {self.quiet_s:.0f} s of quiet; clocks "
             f"drift up to {self.clock_drift:.4%}; leases every {self.lease_interval_s:g} s, maps "
             f"up to {self.map_age_s:g} s old, {self.rows_cached} rows cached",
-            f"repair: nodes are out after {self.out_after_s:.0f} s",
+            f"repair: nodes are out after {self.out_after_s:.0f} s; verified at the end: "
+            f"{_yes(self.verified)}",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
             f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
             f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
@@ -107,6 +110,7 @@ def draw_options(seed: int) -> Options:
         workload=WorkloadPlan.draw(rng, rng.randint(200, 340), fault_s),
         nemesis=NemesisPlan.draw(rng, scheme.m, nodes, fault_s / faults),
         out_after_s=rng.choice([10.0, 30.0, 90.0, 900.0]),
+        verified=rng.random() < 0.5,
     )
 
 

@@ -45,6 +45,7 @@ from chaos.sim.options import SCENARIOS, Options, draw_options
 from chaos.sim.process import ProcessDied
 from chaos.sim.trace import Trace
 from chaos.workloads import Client, SharedWorld
+from cluster.verify.differences import STRAYS
 from erasure.codec import Codec
 from protocol.errors import HaversackError
 from protocol.ids import BlockHash
@@ -57,6 +58,9 @@ CONVERGE_S = 300.0
 
 HEAL_S = 300.0
 """After that, and after lost nodes are out: everything lost is made again."""
+
+VERIFY_S = 1800.0
+"""After that: a deep pass finds nothing; each takes a minute, to tell strays from puts."""
 
 OUT_WAITED_FOR_S_MAX = 300.0
 """Runs in which a node is out later do not wait for it."""
@@ -152,6 +156,8 @@ class SimRun:
         await self._fault_phase()
         await self._until_whole_puts("converged", CONVERGE_S)
         await self._until_healed()
+        if self.options.verified:
+            await self._until_verified()
         await asyncio.sleep(self.options.quiet_s)
         for name in list(self.cell.gateways):
             self.cell.kill(name, 0.1, "forget caches")
@@ -215,6 +221,39 @@ class SimRun:
             await asyncio.sleep(2.0)
         self.trace.record("run", "healed")
         self.judge.checks["healed_block_is_whole"] += 1
+
+    async def _until_verified(self) -> None:
+        """Deep passes find what nobody has read, repair mends it, and one finds nothing."""
+        give_up_at = self.loop.time() + VERIFY_S
+        while damage := await self._deep_pass(give_up_at):
+            if self.loop.time() > give_up_at:
+                raise LivenessViolation(f"deep passes still find {damage}")
+            await asyncio.sleep(10.0)
+        lost = frozenset(self.cell.atlas.lost_disks())
+        found = [
+            violation
+            for stripe in self.cell.inspector.stripes().values()
+            for violation in checkers.verifier_misses_nothing(stripe, lost)
+        ]
+        self.judge.rule("verifier_misses_nothing", found)
+        self.trace.record("run", "verified")
+
+    async def _deep_pass(self, give_up_at: float) -> dict[str, int]:
+        """What a whole pass finds wrong; strays are no harm."""
+        self.cell.request_deep_pass()
+        while True:
+            state = self.cell.verification()
+            if state["request"]["ended"] is not None:
+                break
+            if self.loop.time() > give_up_at:
+                raise LivenessViolation(f"a pass does not end: {state['current']}")
+            await asyncio.sleep(5.0)
+        strays = {kind.value for kind in STRAYS}
+        return {
+            name: entry["count"]
+            for name, entry in state["finished"]["differences"].items()
+            if entry["count"] and name not in strays
+        }
 
     def _unhealed(self) -> list[Violation]:
         lost = frozenset(self.cell.atlas.lost_disks())

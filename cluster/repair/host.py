@@ -23,6 +23,7 @@ from cluster.members import write_controller_plan
 from cluster.placement_host import socket_ports
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
+from cluster.verify.host import run_with_verifier, verifier_settings
 from erasure.codec import Codec
 from erasure.keyring import read_keyring
 from erasure.scheme import Scheme
@@ -48,7 +49,7 @@ KEPT_BYTES: Final = 96 * MIB
 
 
 class RepairHost:
-    """One event loop, one service, one database."""
+    """One event loop, one database: the repair service, and the verifier beside it."""
 
     def __init__(self, data: Path) -> None:
         """`data`: directory of the cell."""
@@ -90,26 +91,35 @@ class RepairHost:
     async def _lead(self, settings: Settings) -> None:
         if self._database is None:
             self._database = Database(sqlite_url(settings.cell_database))
-        self._service = RepairService(
-            self._database,
-            SystemClock(),
+        database = self._database
+        clock, ports = SystemClock(), socket_ports(database, settings)
+        service = self._service = RepairService(
+            database,
+            clock,
             random.Random(os.urandom(16)),
-            socket_ports(self._database, settings),
+            ports,
             Codec(),
             read_keyring(settings.encryption_key_file),
             self._run,
             repair_settings(settings),
             holder=f"pid {os.getpid()}",
         )
-        await self._service.start()
+        await service.start()
         parts = self._transcode_parts(settings)
-        jobs = self._jobs(settings, self._service, parts)
+        jobs = self._jobs(settings, service, parts)
         asyncio.get_running_loop().call_soon(release_free_memory)
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(jobs.run(), name="jobs")
                 try:
-                    await self._service.run()
+                    await run_with_verifier(
+                        service.run(),
+                        database,
+                        clock,
+                        ports,
+                        lambda: service.epoch,
+                        verifier_settings(settings),
+                    )
                 finally:
                     running.cancel()
         except* HaversackError as group:

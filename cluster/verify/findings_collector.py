@@ -53,7 +53,8 @@ class FindingsCollector:
         try:
             while not self._stopped:
                 try:
-                    await self.step()
+                    if self._lead.has_role:
+                        await self.step()
                 except NotLeader:
                     raise
                 except (RetryLater, UnknownOutcome) as error:

@@ -23,9 +23,14 @@ class Lead:
     """A database in the hands of a leader."""
 
     def __init__(self, db: Database, epoch: Callable[[], int]) -> None:
-        """`epoch` is of the role as its holder took it."""
+        """`epoch` is of the role as its holder took it; 0 until then."""
         self.db = db
         self._epoch = epoch
+
+    @property
+    def has_role(self) -> bool:
+        """Whether the role was taken; it may have been lost since."""
+        return self._epoch() > 0
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """A transaction.  Raises `NotLeader`, `DatabaseBusy`, `UnknownOutcome`."""

@@ -141,7 +141,8 @@ class VerifierService:
         epoch: Callable[[], int],
         settings: VerifierSettings | None = None,
     ) -> None:
-        """`ports` connects to a node as its row says; `epoch` is of the role as it was taken."""
+        """`ports` connects to a node as its row says; `epoch` is of the role as it was taken; 0
+        until then."""
         self._settings = settings or VerifierSettings()
         self._clock = clock
         self._lead = Lead(db, epoch)
@@ -152,7 +153,7 @@ class VerifierService:
         """Work until `stop`.  Raises `NotLeader` when another process has taken the role."""
         try:
             while not self._stopped:
-                busy = await self._try_step()
+                busy = self._lead.has_role and await self._try_step()
                 if not busy and not self._stopped:
                     await self._clock.sleep(self._settings.poll_s)
         finally:
