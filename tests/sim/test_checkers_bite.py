@@ -13,6 +13,7 @@ import pytest
 import sim_mutants as mutants
 
 import cluster.block_index
+import cluster.verify.confirm
 import metadata.batch
 from chaos.sim.cell import Parts
 from chaos.sim.gateway import GatewayParts
@@ -132,3 +133,8 @@ def test_counters_that_are_not_kept_are_found(monkeypatch: pytest.MonkeyPatch) -
 def test_an_index_that_does_not_compare_receipts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.block_index, "_receipts_hold", lambda *_: True)
     _assert_found("no fence", Defect(Parts(), "laggards", "receipts_are_of_this_life"))
+
+
+def test_a_verifier_that_compares_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.verify.confirm, "judge_stripe", lambda *_: [])
+    _assert_found("no judgement", Defect(Parts(), "bit_rot", "verifier_misses_nothing"))
