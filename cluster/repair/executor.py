@@ -367,9 +367,12 @@ def _read_volume(connection: Connection, volume_id: VolumeId) -> VolumeView | No
 
 
 def _bad_slots(owed: Sequence[OwedFragment]) -> dict[BlockHash, set[int]]:
+    """Slots whose record is wrong or gone.  One that a disk could not read once may be the last
+    good one: it is asked like any other."""
     bad: dict[BlockHash, set[int]] = {}
     for item in owed:
-        bad.setdefault(item.hash, set()).add(item.slot)
+        if item.reason is not DebtReason.UNREADABLE:
+            bad.setdefault(item.hash, set()).add(item.slot)
     return bad
 
 

@@ -176,7 +176,9 @@ class VolumeRun:
             if held:
                 tags = await self._tags_of(slot, list(held))
                 self.outcome.verified[slot].update(
-                    block for block, tag in held.items() if tags.get(block) == tag
+                    block
+                    for block, tag in held.items()
+                    if tags.get(block, tag if _was_unreadable(making, block) else None) == tag
                 )
 
     async def _tags_of(self, slot: int, hashes: Sequence[BlockHash]) -> dict[BlockHash, int]:
@@ -417,6 +419,12 @@ class VolumeRun:
         self.outcome.made_fragments += len(frame)
         self.outcome.made_bytes += written
         self._progress(len(frame), written)
+
+
+def _was_unreadable(making: Making, block: BlockHash) -> bool:
+    """Whether all that was ever held against a fragment is a read that failed: whole now, it may
+    be the last one, with none to compare it with."""
+    return making.only is not None and making.only.get(block) is DebtReason.UNREADABLE
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> Exception:
