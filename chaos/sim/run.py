@@ -260,9 +260,13 @@ class SimRun:
         healthy = frozenset(self.cell.disks) - lost
         if self.options.out_after_s > OUT_WAITED_FOR_S_MAX:
             healthy = frozenset()  # too patient for a run to wait for
+        stripes = self.cell.inspector.stripes().values()
+        # A slot that lacks blocks which nobody can make waits a day for its old disk.
+        waiting = {stripe.volume for stripe in stripes if len(stripe.intact) < stripe.scheme.k}
         return [
             violation
-            for stripe in self.cell.inspector.stripes().values()
+            for stripe in stripes
+            if stripe.volume not in waiting
             for violation in checkers.healed_block_is_whole(stripe, lost, healthy)
         ]
 

@@ -69,7 +69,8 @@ class RunState(enum.Enum):
     DONE = "done"
     """Every slot was made, verified and published, every debt repaid, but for blocks in `lost`."""
     PARTIAL = "partial"
-    """Some blocks cannot be made now: their nodes do not answer.  Nothing was published."""
+    """Some blocks could not be made, and their slots are kept where they are: nodes that do not
+    answer now may do so later, a disk that is away may come back."""
     MOVED_ON = "moved on"
     """The map changed under the work: plan again."""
     UNFIT = "unfit"
@@ -311,6 +312,21 @@ class RepairExecutor:
 
         await self._lead(work)
 
+    def _may_publish(self, volume: VolumeView, making: Making, outcome: Outcome) -> bool:
+        """Whether a slot may change hands.  One that lacks blocks may not while the disk that held
+        it may come back with them: it may be the last to hold their fragments."""
+        if outcome.postponed:
+            return False
+        holder = volume.slots[making.slot]
+        if not outcome.lost or holder is None:
+            return True
+        if making.source is not None:
+            return False
+        node = self._map.node(holder)
+        away_s = self._clock.wall() - node.state_since
+        patience_s = self._tools.settings.refusing_out_after_s
+        return node.state is NodeState.GONE or node.disk_failed or away_s >= patience_s
+
     async def _finish(
         self,
         volume: VolumeView,
@@ -322,11 +338,10 @@ class RepairExecutor:
         """Step 5: publish moves, strike out debts, list what cannot be made."""
         moved = [making for making in makings if making.only is None]
         in_place = [making for making in makings if making.only is not None]
-        held_back = bool(outcome.postponed) or (
-            bool(outcome.lost) and any(making.source is not None for making in moved)
-        )
+        ready = [making for making in moved if self._may_publish(volume, making, outcome)]
+        held_back = len(ready) < len(moved)
         repaid = _repaid(volume, in_place, rows, outcome, owed)
-        verified = [] if held_back else _verified(moved, rows, outcome)
+        verified = _verified(ready, rows, outcome)
         failed = {**outcome.postponed, **outcome.lost}
         now = self._clock.wall()
         worked = [row.hash for row in rows]

@@ -21,10 +21,10 @@ import heapq
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
+from typing import Final, NamedTuple
 
 from cluster.debts import VolumeDebts
 from cluster.move_rows import MoveRow
@@ -33,6 +33,8 @@ from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
 from erasure.scheme import Scheme
 from protocol.ids import NodeId, VolumeId
+
+_NEVER: Final = float("inf")
 
 _DRAWS_MAX: Final = 24
 """Random draws for one target before all nodes are looked at in turn."""
@@ -150,38 +152,32 @@ REPAIR_REASONS: Final = frozenset({REASON_LOST, REASON_VACANT})
 """Moves of repair's own; those of a job carry its number."""
 
 
-@dataclass(slots=True)
-class _Loss:
-    """What one volume lost."""
+class _Loss(NamedTuple):
+    """What one volume lost.  A tuple, because a large disaster makes a million of them."""
 
+    spare: int
+    apart: int
+    """Minus the most of its remaining slots on one host."""
+    since: float
+    volume_id: int
     volume: VolumeView
     slots: tuple[int, ...]
-    debts: dict[int, VolumeDebts]
-    since: float
-    key: tuple[int, int, float, int] = field(init=False)
-
-    def rank(self, hosts: Mapping[NodeId, str]) -> None:
-        lost = len(self.slots) + sum(slot not in self.slots for slot in self.debts)
-        kept = Counter(
-            hosts[node_id]
-            for slot, node_id in enumerate(self.volume.slots)
-            if node_id is not None and slot not in self.slots and node_id in hosts
-        )
-        together = max(kept.values(), default=0)
-        self.key = (
-            self.volume.scheme.m - lost,
-            -together,
-            self.since,
-            int(self.volume.volume_id),
-        )
+    debts: Mapping[int, VolumeDebts]
 
 
 def plan_repair(view: RepairView, budget: RepairBudget, rng: random.Random) -> RepairPlan:
     """What to do next.  The same view and seed give the same plan."""
     nodes = {node.node_id: node for node in view.nodes}
     moves = _moves_by_volume(view.moves)
-    losses = _losses(view, nodes)
-    chosen = heapq.nsmallest(budget.volumes_max, losses, key=lambda loss: loss.key)
+    losses = 0
+
+    def counted() -> Iterator[_Loss]:
+        nonlocal losses
+        for loss in _losses(view, nodes):
+            losses += 1
+            yield loss
+
+    chosen = heapq.nsmallest(budget.volumes_max, counted())  # by the first fields of `_Loss`
     targets = _Targets(view.nodes, view.avoid, budget.headroom_share, rng)
     for move in view.moves:
         targets.expect(move.target, 0)
@@ -192,9 +188,7 @@ def plan_repair(view: RepairView, budget: RepairBudget, rng: random.Random) -> R
         blocked += stuck
         if repair.moves or repair.debts:
             repairs.append(repair)
-    return RepairPlan(
-        tuple(repairs), tuple(blocked), _needless(view), left=len(losses) - len(chosen)
-    )
+    return RepairPlan(tuple(repairs), tuple(blocked), _needless(view), left=losses - len(chosen))
 
 
 def _moves_by_volume(moves: Iterable[MoveRow]) -> dict[VolumeId, dict[int, MoveRow]]:
@@ -204,37 +198,42 @@ def _moves_by_volume(moves: Iterable[MoveRow]) -> dict[VolumeId, dict[int, MoveR
     return grouped
 
 
-def _losses(view: RepairView, nodes: Mapping[NodeId, NodeView]) -> list[_Loss]:
+def _losses(view: RepairView, nodes: Mapping[NodeId, NodeView]) -> Iterator[_Loss]:
     debts: dict[VolumeId, dict[int, VolumeDebts]] = {}
     for owed in view.debts:
         debts.setdefault(owed.volume, {})[owed.slot] = owed
     hosts = {node_id: node.host for node_id, node in nodes.items() if node_id not in view.out}
-    losses = []
+    since: dict[NodeId | None, float] = {
+        node_id: nodes[node_id].state_since for node_id in view.out if node_id in nodes
+    }
+    nothing: Mapping[int, VolumeDebts] = {}
+    out = view.out
     for volume in view.volumes:
-        lost = _lost_slots(volume, view.out)
-        owed_here = debts.get(volume.volume_id, {})
+        slots = volume.slots
+        owed_here = debts.get(volume.volume_id, nothing) if debts else nothing
+        lost = _lost_slots(volume, out)
         if not lost and not owed_here:
             continue
-        since = min(owed.since for owed in owed_here.values()) if owed_here else float("inf")
+        oldest = _NEVER
         for slot in lost:
-            holder = volume.slots[slot]
-            if holder is not None and holder in nodes:
-                since = min(since, nodes[holder].state_since)
-        loss = _Loss(volume, lost, owed_here, since)
-        loss.rank(hosts)
-        losses.append(loss)
-    return losses
+            oldest = min(oldest, since.get(slots[slot], _NEVER))
+        also_owed = 0
+        for slot, owed in owed_here.items():
+            oldest = min(oldest, owed.since)
+            also_owed += slot not in lost
+        kept = [hosts[name] for name in slots if name in hosts]
+        together = 1 if len(set(kept)) == len(kept) else max(Counter(kept).values())
+        spare = volume.scheme.m - len(lost) - also_owed
+        yield _Loss(spare, -together, oldest, volume.volume_id, volume, lost, owed_here)
 
 
 def _lost_slots(volume: VolumeView, out: frozenset[NodeId]) -> tuple[int, ...]:
     """Slots to be placed anew.  A vacant slot of an open volume is placement's: it opens a wider
     volume as soon as there is a node for it."""
-    sealed = volume.state is VolumeState.SEALED
-    return tuple(
-        slot
-        for slot, node_id in enumerate(volume.slots)
-        if (node_id in out if node_id is not None else sealed)
-    )
+    slots = volume.slots
+    if None in slots and volume.state is VolumeState.SEALED:
+        return tuple([slot for slot, name in enumerate(slots) if name is None or name in out])
+    return tuple([slot for slot, name in enumerate(slots) if name in out])
 
 
 def _needless(view: RepairView) -> tuple[tuple[VolumeId, int], ...]:
@@ -292,7 +291,7 @@ def _plan_volume(
         else:
             reason = f"{holder} is {nodes[holder].state} and not yet out"
             blocked.append(Blocked(volume.volume_id, slot, reason))
-    repair = VolumeRepair(volume.volume_id, loss.key[0], loss.since, tuple(moves), tuple(owed))
+    repair = VolumeRepair(volume.volume_id, loss.spare, loss.since, tuple(moves), tuple(owed))
     return repair, blocked
 
 

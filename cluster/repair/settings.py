@@ -15,7 +15,8 @@ class RepairSettings:
     """See `Settings.node_out_after_s`."""
 
     refusing_out_after_s: float = 24 * 3600.0
-    """See `Settings.node_refusing_out_after_s`."""
+    """See `Settings.node_refusing_out_after_s`; also how long a slot waits for its old disk if some
+    of its blocks cannot be made from others."""
 
     bytes_per_s_max: float = 1.0 * GIB
     bytes_per_s_min: float = 4.0 * MIB

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import inspect
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +30,27 @@ from storage_node.interface import FragmentKey
 PASSES_MAX = 60
 
 
+class OtherProcess:
+    """A port whose node does not share the caller's fate: what was sent is carried out, whoever is
+    killed meanwhile."""
+
+    def __init__(self, port: Any) -> None:
+        self._port = port
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(method):
+            return method
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            work = method(*arguments, **named)
+            task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await asyncio.shield(task)
+
+        return call
+
+
 def new_repair(cell: BlockCell, seed: int = 5, **settings: Any) -> RepairService:
     """A service of its own; `start` it."""
     values: dict[str, Any] = {"out_after_s": 60.0, "batch_blocks": 4, **settings}
@@ -34,7 +58,7 @@ def new_repair(cell: BlockCell, seed: int = 5, **settings: Any) -> RepairService
         cell.db,
         cell.clock,
         random.Random(seed),
-        cell._connect,
+        lambda view: OtherProcess(cell._connect(view)),  # type: ignore[arg-type, return-value]
         cell.codec,
         cell.keyring,
         run_inline,

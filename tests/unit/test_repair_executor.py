@@ -288,6 +288,36 @@ def test_a_block_with_fewer_than_k_fragments_is_listed_and_stops_no_other() -> N
     simulate(main, nodes=11)
 
 
+def test_a_slot_waits_for_its_old_disk_if_that_may_hold_the_last_fragment_of_a_block() -> None:
+    async def main(cell: BlockCell) -> None:
+        data = await fill(cell)
+        row = await cell.row_of(data[0])
+        assert row is not None
+        slots = volumes_of(cell, [row])[row.volume].slots
+        for slot in (1, 2, 3):
+            node = slots[slot]
+            assert node is not None
+            cell.stores[node].delete_group([FragmentKey(row.volume, row.hash, slot)])
+        assert slots[0] is not None
+        lose(cell, slots[0], since=-3600)
+        service = await started(cell)
+        for _ in range(5):
+            await service.step()
+            await cell.clock.sleep(5)
+        assert listed(cell) == {row.hash}
+        assert volumes_of(cell, [row])[row.volume].slots[0] == slots[0]
+        cell.heal()
+        cell.set_state(slots[0], NodeState.UP)
+        await cell.clock.sleep(1_000)
+        await repair_until_idle(cell, service)
+        assert_whole(cell)
+        assert listed(cell) == set()
+        assert await cell.get(data[0]) == data[0]
+        await finish(cell, service)
+
+    simulate(main, nodes=11)
+
+
 def test_a_block_that_left_no_fragment_anywhere_is_found_by_the_scan_and_listed() -> None:
     async def main(cell: BlockCell) -> None:
         data = await fill(cell)
