@@ -45,7 +45,10 @@ class OtherProcess:
         async def call(*arguments: Any, **named: Any) -> Any:
             work = method(*arguments, **named)
             task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            # Whoever asked may be dead by then: the answer is looked at all the same.
+            task.add_done_callback(
+                lambda done: done.cancelled() or done.exception(), context=contextvars.Context()
+            )
             return await asyncio.shield(task)
 
         return call
