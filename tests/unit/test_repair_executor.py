@@ -25,12 +25,11 @@ from cluster.repair.plan import SlotMove
 from cluster.repair.service import RepairService
 from cluster.topology import NodeState, VolumeState
 from erasure.fragment import pack_header, parse
-from protocol.errors import NodeFull
+from protocol.errors import DirectoryForeign, NodeFull
 from protocol.hashing import hash_block
 from protocol.ids import NodeId
 from protocol.messages import ItemStatus
 from storage_node.interface import FragmentKey
-from storage_node.service_state import Fault
 
 BLOCKS = 9
 
@@ -136,7 +135,7 @@ def test_a_node_that_answers_is_not_out_whatever_placement_thinks() -> None:
         assert moves(cell) == []
         cell.nodes[victim]._fail(OSError("gone"))
         await cell.nodes[victim].detach()
-        cell.nodes[victim].refuse("the directory is empty", Fault.DIRECTORY)
+        cell.nodes[victim].refuse(DirectoryForeign("the directory is empty"))
         assert not await service.step()
         set_since(cell, victim, cell.clock.wall() - 25 * 3600.0)
         await service._map.refresh()
