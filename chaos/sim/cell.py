@@ -30,6 +30,7 @@ from chaos.sim.inspect import Inspector
 from chaos.sim.loop import SimLoop
 from chaos.sim.network import Answered, Connection, Network, NotSent, Unanswered
 from chaos.sim.node import SimNode
+from chaos.sim.operator import SimOperator
 from chaos.sim.options import Options
 from chaos.sim.port import SimPort
 from chaos.sim.process import SimProcess, current_process
@@ -37,8 +38,11 @@ from chaos.sim.trace import Trace
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import NewBlock, RecordOutcome
 from cluster.cell import NodeSpec, add_nodes, create_cell
+from cluster.change.runner import JobRunner
+from cluster.change.transcode import TranscodeParts
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
+from cluster.repair.host import first_error
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeView
@@ -396,8 +400,13 @@ class SimCell:
         self._may_recover(host)
 
         async def main() -> None:
+            working = (
+                self._with_jobs(host, service, database, connect)
+                if self.options.changes_gap_s
+                else service.run()
+            )
             await run_with_verifier(
-                service.run(),
+                working,
                 database,
                 host.clock,
                 connect,
@@ -406,6 +415,40 @@ class SimCell:
             )
 
         self._guard(host, life, main())
+
+    async def _with_jobs(
+        self,
+        host: Host,
+        service: RepairService,
+        database: Database,
+        connect: Callable[[NodeView], SimPort],
+    ) -> None:
+        """Repair, and the runner of jobs beside it, as in `cluster.repair.host`."""
+        parts = TranscodeParts(
+            database,
+            host.clock,
+            host.rng("transcode"),
+            connect,
+            self._codec,
+            self._keyring(),
+            _run_inline,
+            self._client_settings(),
+        )
+        jobs = JobRunner(
+            database, host.clock, service.lead, service.executor, _run_inline, parts.work
+        )
+        await service.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(jobs.run(), name="jobs")
+                tasks.create_task(service.run(), name="repair")
+        except* HaversackError as group:
+            raise first_error(group) from None
+
+    def new_operator(self) -> SimOperator:
+        """Somebody who changes this cell."""
+        clock, rng = self.hosts["repair"].clock, self._rng("operator")
+        return SimOperator(self._directory, clock, rng, self.options.scheme, self.trace)
 
     def _keyring(self) -> Keyring | None:
         return Keyring([bytes(32)]) if self.options.encrypted else None

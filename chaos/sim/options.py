@@ -57,6 +57,8 @@ class Options:
     """After which a node that is down counts as lost for good."""
     verified: bool = False
     """Whether the healed cell is verified until a deep pass finds nothing."""
+    changes_gap_s: float = 0.0
+    """Between two things that an operator asks for; zero: there is none."""
 
     def describe(self) -> list[str]:
         """Lines for a report."""
@@ -146,6 +148,14 @@ def _unwritable(options: Options) -> Options:
     return _only(cell, FaultKind.DISK_FULL, FaultKind.SYNC_FAILS, gap_s=10.0)
 
 
+def _changes(options: Options) -> Options:
+    """Drains, rebalances and transcodes under load and kills, in a cell with nodes to spare."""
+    cell = dataclasses.replace(
+        options, scheme=Scheme.parse("rs-4-2"), nodes=9, hosts=9, changes_gap_s=8.0
+    )
+    return _only(cell, FaultKind.KILL, FaultKind.KILL_AT_STEP, gap_s=10.0, impaired_max=1)
+
+
 def _idle(options: Options) -> Options:
     calm = _calm(options)
     return dataclasses.replace(calm, quiet_s=4 * 3600.0)
@@ -156,6 +166,7 @@ SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
     "calm": _calm,
     "idle": _idle,
     "contended": _contended,
+    "changes": _changes,
     "kill_m": lambda options: _only(
         options, FaultKind.KILL, FaultKind.KILL_AT_STEP, FaultKind.KILL_AT_DISK, gap_s=5.0
     ),

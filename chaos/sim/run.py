@@ -174,9 +174,13 @@ class SimRun:
             for number in range(self.options.workload.clients)
         ]
         nemesis = asyncio.create_task(self._nemesis())
+        tasks = [nemesis]
+        if self.options.changes_gap_s:
+            tasks.append(asyncio.create_task(self._change()))
         await asyncio.sleep(self.options.fault_s)
         self._stopped = True
-        nemesis.cancel()
+        for task in tasks:
+            task.cancel()
         self.injector.heal()
         _, late = await asyncio.wait(clients, timeout=2 * DEADLINE_S)
         if late:
@@ -200,6 +204,17 @@ class SimRun:
             fault = nemesis.draw()
             if fault is not None:
                 self.injector.inject(fault)
+
+    async def _change(self) -> None:
+        """The operator at work, until it is cancelled; then everything is taken back."""
+        operator = self.cell.new_operator()
+        try:
+            await operator.run(self.options.changes_gap_s)
+        finally:
+            operator.take_back()
+            for kind, count in operator.jobs_done().items():
+                self.judge.checks[f"{kind}_was_done"] += count
+            operator.close()
 
     async def _until_whole_puts(self, what: str, within_s: float) -> None:
         """Every node that has a disk is up, and each gateway stores a small and a large block
