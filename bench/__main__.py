@@ -104,37 +104,49 @@ class Run:
         self.allow("idle cell, USS of all processes", used.uss / 1e9, "GB", 1.0, basis)
         self.allow("idle cell, CPU", share * 100, "% of a core", 10, f"over {IDLE_S:.0f} s")
 
+    def everything(self, cell: LiveCell, bench: Bench) -> None:
+        """All measures, in the order of the module's docstring."""
+        self.idle(cell)
+        before = self.limits()
+        put, get, first = self.blocks(bench, cell.gateway_pid)
+        after = self.limits()
+        p = (before["P"].mb_s + after["P"].mb_s) / 2
+        h = (before["H"].mb_s + after["H"].mb_s) / 2
+        self.need("PUT 4 MiB, 8 clients", put.mb_s / p, "P", 0.35, f"{put.mb_s:.0f} / {p:.0f} MB/s")
+        self.need("GET 4 MiB, 8 clients", get.mb_s / h, "H", 0.2, f"{get.mb_s:.0f} / {h:.0f} MB/s")
+        self.small(bench)
+        cell.stop()
+        restart_s = cell.start()
+        self.allow("up to ready on an existing directory", restart_s, "s", 10)
+        size = BLOCK_BYTES_MAX
+        healthy = self.note(bench.read("GET 4 MiB, healthy", "get", 8, first, PUT_BLOCKS, size))
+        lost = cell.destroy_nodes(3)
+        name = f"GET 4 MiB, {len(lost)} of 9 nodes gone"
+        degraded = self.note(bench.read(name, "get", 8, first, PUT_BLOCKS, size))
+        basis = f"{degraded.mb_s:.0f} / {healthy.mb_s:.0f} MB/s"
+        ratio = degraded.mb_s / healthy.mb_s
+        self.need("GET 4 MiB, 3 of 9 nodes gone", ratio, "healthy", 0.6, basis)
+
 
 def main() -> int:
     """Run everything; exit code 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results/")
+    parser.add_argument("--only", choices=("idle", "small"), help="one part, not to be kept")
     arguments = parser.parse_args()
+    if arguments.save and arguments.only:
+        parser.error("only a whole run is kept: without --only")
     run = Run()
-    seed = int.from_bytes(os.urandom(4))
     with LiveCell() as cell:
         print(f"a new cell was ready after {cell.start():.1f} s", flush=True)
-        run.idle(cell)
-        bench = Bench(cell, seed)
-        before = run.limits()
-        put, get, first = run.blocks(bench, cell.gateway_pid)
-        after = run.limits()
-        p = (before["P"].mb_s + after["P"].mb_s) / 2
-        h = (before["H"].mb_s + after["H"].mb_s) / 2
-        run.need("PUT 4 MiB, 8 clients", put.mb_s / p, "P", 0.35, f"{put.mb_s:.0f} / {p:.0f} MB/s")
-        run.need("GET 4 MiB, 8 clients", get.mb_s / h, "H", 0.2, f"{get.mb_s:.0f} / {h:.0f} MB/s")
-        run.small(bench)
-        cell.stop()
-        restart_s = cell.start()
-        run.allow("up to ready on an existing directory", restart_s, "s", 10)
-        size = BLOCK_BYTES_MAX
-        healthy = run.note(bench.read("GET 4 MiB, healthy", "get", 8, first, PUT_BLOCKS, size))
-        lost = cell.destroy_nodes(3)
-        name = f"GET 4 MiB, {len(lost)} of 9 nodes gone"
-        degraded = run.note(bench.read(name, "get", 8, first, PUT_BLOCKS, size))
-        basis = f"{degraded.mb_s:.0f} / {healthy.mb_s:.0f} MB/s"
-        ratio = degraded.mb_s / healthy.mb_s
-        run.need("GET 4 MiB, 3 of 9 nodes gone", ratio, "healthy", 0.6, basis)
+        bench = Bench(cell, int.from_bytes(os.urandom(4)))
+        match arguments.only:
+            case "idle":
+                run.idle(cell)
+            case "small":
+                run.small(bench)
+            case _:
+                run.everything(cell, bench)
     result = Report(report.now(), report.machine(), run.figures, run.targets)
     report.show(result)
     if arguments.save:

@@ -3,7 +3,7 @@
 Called by the gateway (`api`), the simulation and the bench: the walks "life of a put" and "life of
 a get" of `docs/architecture.md` start here.  `put_path`, `get_path` and `batch_read` hold the
 steps; this file owns what is common to a process: the answer "exists already", one flight per
-hash, and the budgets of bytes.  May not import Ray, HTTP or a concrete port.
+hash, groups of small puts, and the budgets of bytes.  May not import Ray, HTTP or a concrete port.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from typing import Final, TypeAlias
 
 from cluster.batch_read import read_batch
 from cluster.block_client_settings import (
@@ -26,9 +27,10 @@ from cluster.block_index import BlockIndex, BlockRow
 from cluster.block_rows import BlockRows
 from cluster.byte_budget import ByteBudget
 from cluster.get_path import GetPath
+from cluster.grouping import GroupCall, Grouping
 from cluster.hedging import HedgeBudget
 from cluster.node_pool import NodePool
-from cluster.put_path import PendingBlock, PutPath
+from cluster.put_path import PendingBlock, PutPath, Settle
 from cluster.stripe_read import Pieces, ReadTools, joined
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
@@ -39,10 +41,39 @@ from protocol.clock import Clock
 from protocol.errors import BlockNotFound, DatabaseBusy, HaversackError
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash
-from protocol.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, ENVELOPE_BYTES, SMALL_BLOCK_BYTES
+from protocol.limits import (
+    BATCH_BLOCKS_MAX,
+    BATCH_BODY_BYTES_MAX,
+    BLOCK_BYTES_MAX,
+    ENVELOPE_BYTES,
+    KIB,
+    SMALL_BLOCK_BYTES,
+)
+
+_Outcome: TypeAlias = PutResult | HaversackError
 
 _Flight = asyncio.Future[HaversackError | None]
 """Ends with the leader's error, or None: then whoever waited looks for itself."""
+
+GROUPED_BYTES_MAX: Final = 32 * KIB
+"""Blocks up to this size that are put one by one at the same time share frames.  Of larger ones the
+bytes cost more than the request."""
+
+GROUP_PUTS_MAX: Final = 64
+"""Puts of one group: more do not make a put cheaper, and all of them wait for the last byte."""
+
+PUT_LANES: Final = 4
+"""Groups of small puts under way before others wait to be grouped: enough to keep all nodes busy,
+few enough that a busy gateway writes large groups."""
+
+PUT_LATE_S: Final = 0.1
+"""A group that takes longer has met a bad node or a busy disk: others no longer wait for it."""
+
+SMALL_PUTS_MAX: Final = 1_024
+"""Small puts that wait or run; the gateway lets fewer in."""
+
+assert GROUP_PUTS_MAX * GROUPED_BYTES_MAX <= BATCH_BODY_BYTES_MAX
+assert GROUPED_BYTES_MAX < SMALL_BLOCK_BYTES
 
 
 class BlockClient:
@@ -73,6 +104,13 @@ class BlockClient:
         self._put_budget = ByteBudget("puts", settings.put_bytes_max, settings.queue_s)
         self._get_budget = ByteBudget("gets", settings.get_bytes_max, settings.queue_s)
         self._flights: dict[BlockHash, _Flight] = {}
+        self._small_puts = Grouping[PendingBlock, _Outcome | None](
+            self._lead_group,
+            items_max=GROUP_PUTS_MAX,
+            calls_max=SMALL_PUTS_MAX,
+            lanes=PUT_LANES,
+            late_s=PUT_LATE_S,
+        )
 
     # -- put -----------------------------------------------------------------------------------
 
@@ -92,20 +130,24 @@ class BlockClient:
             if block in existing:
                 return PutResult(False, existing[block].stored_bytes, False)
             flight = self._flights.get(block)
-            if flight is None:
-                break
-            error = await asyncio.shield(flight)
-            if error is not None:
-                raise copy.copy(error)
-        outcomes = await self._lead(owner, [PendingBlock(block, parts, length)])
-        outcome = outcomes[block]
-        if isinstance(outcome, HaversackError):
-            raise outcome
-        return outcome
+            if flight is not None:
+                error = await asyncio.shield(flight)
+                if error is not None:
+                    raise copy.copy(error)
+                continue
+            item = PendingBlock(owner, block, parts, length)
+            if length > GROUPED_BYTES_MAX:
+                outcome: _Outcome | None = (await self._lead([item]))[block]
+            else:
+                outcome = await self._small_puts.submit(item)
+            if isinstance(outcome, HaversackError):
+                raise copy.copy(outcome)
+            if outcome is not None:
+                return outcome
 
     async def put_many(
         self, owner: int, blocks: Sequence[tuple[BlockHash, Buffer]]
-    ) -> list[PutResult | HaversackError]:
+    ) -> list[_Outcome]:
         """Store many blocks, verified by the caller, with one frame to each node; one result each.
 
         A block that is named twice is new at most once.  Raises only for what concerns them all:
@@ -114,25 +156,23 @@ class BlockClient:
         data: dict[BlockHash, Buffer] = {}
         for block, plain in blocks:
             data.setdefault(block, plain)
-        results: dict[BlockHash, PutResult | HaversackError] = {}
+        results: dict[BlockHash, _Outcome] = {}
         for block, row in (await self._claim_existing(owner, list(data))).items():
             results[block] = PutResult(False, row.stored_bytes, False)
         unknown = [block for block in data if block not in results]
         others = [block for block in unknown if block in self._flights]
         mine = [
-            PendingBlock(block, (data[block],), len(data[block]))
+            PendingBlock(owner, block, (data[block],), len(data[block]))
             for block in unknown
             if block not in self._flights
         ]
         if mine:
-            results.update(await self._lead(owner, mine))
+            results.update(await self._lead(mine))
         for block in others:
             results[block] = await self._put_caught(owner, block, data[block])
         return _in_order(blocks, results)
 
-    async def _put_caught(
-        self, owner: int, block: BlockHash, data: Buffer
-    ) -> PutResult | HaversackError:
+    async def _put_caught(self, owner: int, block: BlockHash, data: Buffer) -> _Outcome:
         try:
             return await self.put(owner, block, (data,), len(data))
         except HaversackError as error:
@@ -148,18 +188,49 @@ class BlockClient:
         claimed = await self._index.claim(owner, list(rows))
         return {block: row for block, row in rows.items() if block in claimed}
 
+    async def _lead_group(self, calls: Sequence[GroupCall[PendingBlock, _Outcome | None]]) -> None:
+        """Store small blocks that arrived at the same time.  The answer None sends a caller back
+        to look: somebody else has stored that block meanwhile, or is about to."""
+        leaders: dict[BlockHash, GroupCall[PendingBlock, _Outcome | None]] = {}
+        followers = []
+        for call in calls:
+            block = call.item.block
+            if block in self._flights or block in leaders:
+                followers.append(call)
+            else:
+                leaders[block] = call
+        for call in followers:
+            if call.item.block not in leaders:
+                call.settle(None)  # it waits for that flight
+        if leaders:
+            outcomes = await self._lead(
+                [call.item for call in leaders.values()],
+                lambda block, outcome: leaders[block].settle(outcome),
+            )
+            for call in followers:
+                outcome = outcomes.get(call.item.block)
+                call.settle(outcome if isinstance(outcome, HaversackError) else None)
+
     async def _lead(
-        self, owner: int, items: Sequence[PendingBlock]
-    ) -> dict[BlockHash, PutResult | HaversackError]:
+        self, items: Sequence[PendingBlock], settle: Settle | None = None
+    ) -> dict[BlockHash, _Outcome]:
         """Store blocks that nobody else in this process is storing; others wait for the flight.
 
-        Whatever ends it, no flight is left behind: after a cancellation the next in line leads.
+        Each block's flight ends with its own result, and `settle` hears of it then.  Whatever ends
+        it, no flight is left behind: after a cancellation the next in line leads.
         """
         loop = asyncio.get_running_loop()
-        flights = {item.block: loop.create_future() for item in items}
+        flights: dict[BlockHash, _Flight] = {item.block: loop.create_future() for item in items}
         assert not flights.keys() & self._flights.keys()
         self._flights.update(flights)
-        outcomes: dict[BlockHash, PutResult | HaversackError] = {}
+        outcomes: dict[BlockHash, _Outcome] = {}
+
+        def note(block: BlockHash, outcome: _Outcome) -> None:
+            outcomes[block] = outcome
+            self._land(block, outcome if isinstance(outcome, HaversackError) else None)
+            if settle is not None:
+                settle(block, outcome)
+
         try:
             async with self._put_budget.hold(sum(map(self._put_cost, items))):
                 with contextlib.suppress(DatabaseBusy):  # each group meets it, and says so
@@ -168,13 +239,14 @@ class BlockClient:
                 for scheme in dict.fromkeys((large.small_twin(), large)):
                     mine = [item for item in items if _scheme_of(item, large) == scheme]
                     for group in self._groups(mine):
-                        outcomes.update(await self._put_path.store(owner, scheme, group))
+                        await self._put_path.store(scheme, group, note)
         finally:
-            for block, flight in flights.items():
-                del self._flights[block]
-                outcome = outcomes.get(block)
-                flight.set_result(outcome if isinstance(outcome, HaversackError) else None)
+            for block in [block for block in flights if block not in outcomes]:
+                self._land(block, None)
         return outcomes
+
+    def _land(self, block: BlockHash, error: HaversackError | None) -> None:
+        self._flights.pop(block).set_result(error)
 
     @property
     def _large(self) -> Scheme:
@@ -274,10 +346,10 @@ def _get_cost(row: BlockRow) -> int:
 
 def _in_order(
     blocks: Sequence[tuple[BlockHash, Buffer]],
-    results: dict[BlockHash, PutResult | HaversackError],
-) -> list[PutResult | HaversackError]:
+    results: dict[BlockHash, _Outcome],
+) -> list[_Outcome]:
     """One result per entry; a repetition of a block was not new."""
-    ordered: list[PutResult | HaversackError] = []
+    ordered: list[_Outcome] = []
     seen: set[BlockHash] = set()
     for block, _ in blocks:
         result = results[block]

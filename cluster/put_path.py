@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cluster.block_client_settings import BlockClientSettings, PutResult, Run
 from cluster.block_index import BlockRow, NewBlock, Receipt, RecordOutcome
@@ -65,6 +65,9 @@ class Recorder(Protocol):
         ...
 
 
+Settle: TypeAlias = Callable[[BlockHash, PutResult | HaversackError], None]
+"""Called once for each block, as soon as its own result is known."""
+
 _Stripe = list[tuple[bytes, Buffer]]
 """(header, payload) per slot."""
 
@@ -72,9 +75,10 @@ _Stripe = list[tuple[bytes, Buffer]]
 class PendingBlock:
     """A block on its way in.  `parts` are dropped once the stored bytes are made."""
 
-    __slots__ = ("block", "length", "parts", "stored")
+    __slots__ = ("block", "length", "owner", "parts", "stored")
 
-    def __init__(self, block: BlockHash, parts: Sequence[Buffer], length: int) -> None:
+    def __init__(self, owner: int, block: BlockHash, parts: Sequence[Buffer], length: int) -> None:
+        self.owner = owner
         self.block = block
         self.parts: Sequence[Buffer] = parts
         self.length = length
@@ -83,12 +87,12 @@ class PendingBlock:
 
 @dataclass(slots=True)
 class _Group:
-    """Blocks of one owner that are tried on one volume after the other, together."""
+    """Blocks that are tried on one volume after the other, together."""
 
-    owner: int
     scheme: Scheme
     pending: list[PendingBlock]
     deadline: float
+    settle: Settle
     avoid: dict[NodeId, Avoided] = field(default_factory=dict)
     """Nodes that failed this group, in the life that did."""
     map_version: int = 0
@@ -96,7 +100,12 @@ class _Group:
     map_is_stale: bool = False
     overloaded: Overloaded | None = None
     """What a node said in the last attempt whose queue is full."""
-    results: dict[BlockHash, PutResult | HaversackError] = field(default_factory=dict)
+    settled: set[BlockHash] = field(default_factory=set)
+
+    def note(self, block: BlockHash, result: PutResult | HaversackError) -> None:
+        """The result of one block."""
+        self.settled.add(block)
+        self.settle(block, result)
 
 
 @dataclass(slots=True)
@@ -139,15 +148,14 @@ class PutPath:
         self._run = run
         self._settings = settings
 
-    async def store(
-        self, owner: int, scheme: Scheme, blocks: Sequence[PendingBlock]
-    ) -> dict[BlockHash, PutResult | HaversackError]:
+    async def store(self, scheme: Scheme, blocks: Sequence[PendingBlock], settle: Settle) -> None:
         """Make blocks durable and known; one result per block, never an exception of ours.
 
-        The blocks are distinct, and together fit into one frame to a node.
+        The blocks are distinct, and together fit into one frame to a node.  Those that the first
+        volume took are settled before the others are tried on the next.
         """
         deadline = self._clock.monotonic() + self._settings.put_s
-        group = _Group(owner, scheme, list(blocks), deadline)
+        group = _Group(scheme, list(blocks), deadline, settle)
         try:
             await self._map.refresh(self._settings.map_age_s)
             for _ in range(self._settings.put_attempts_max):
@@ -156,14 +164,13 @@ class PutPath:
                 group.overloaded = None
                 await self._attempt(group, choice)
                 if not group.pending:
-                    return group.results
+                    return
                 await self._prepare_retry(group)
             error: HaversackError = self._gave_up(group)
         except HaversackError as caught:
             error = caught
         for item in group.pending:
-            group.results[item.block] = error
-        return group.results
+            group.note(item.block, error)
 
     # -- one attempt ---------------------------------------------------------------------------
 
@@ -182,7 +189,7 @@ class PutPath:
                 entries.append(entry)
         if entries:
             await self._record(group, accepted, entries)
-        group.pending = [item for item in group.pending if item.block not in group.results]
+        group.pending = [item for item in group.pending if item.block not in group.settled]
 
     async def _encode(self, group: _Group, volume: VolumeView) -> list[_Stripe]:
         total = sum(item.length for item in group.pending)
@@ -311,12 +318,13 @@ class PutPath:
             if len(receipts) < group.scheme.write_minimum:
                 return None
             enough = self._chooser.healthy_nodes(group.avoid) >= group.scheme.n
-            if enough and not self._chooser.has_waited(group.scheme):
+            may_owe = choice.may_owe or self._chooser.has_waited(group.scheme)
+            if enough and not may_owe:
                 return None
         assert item.stored is not None
         return NewBlock(
             item.block,
-            group.owner,
+            item.owner,
             choice.volume.volume_id,
             choice.volume.epoch,
             len(item.stored),
@@ -333,7 +341,7 @@ class PutPath:
             outcomes = await self._index.record_puts(entries)
         except HaversackError as error:
             for item in accepted:
-                group.results[item.block] = error
+                group.note(item.block, error)
             return
         for entry, outcome in zip(entries, outcomes, strict=True):
             if outcome is RecordOutcome.FENCED:
@@ -342,13 +350,13 @@ class PutPath:
             new = outcome is RecordOutcome.NEW
             if new and not entry.missing_slots:
                 self._chooser.recorded_whole(group.scheme)
-            group.results[entry.hash] = PutResult(
-                new, entry.stored_bytes, new and bool(entry.missing_slots)
-            )
             if new:
                 self._rows.learn(
                     BlockRow(entry.hash, entry.volume, entry.stored_bytes, entry.plain_bytes)
                 )
+            group.note(
+                entry.hash, PutResult(new, entry.stored_bytes, new and bool(entry.missing_slots))
+            )
 
     async def _prepare_retry(self, group: _Group) -> None:
         """After a refusal that names our map: read it again, and give it a moment to change.

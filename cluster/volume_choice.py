@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cluster.block_client_settings import BlockClientSettings
@@ -31,6 +31,8 @@ class Choice:
     """What each slot's answer must say."""
     missing: tuple[int, ...]
     """Slots that are vacant or whose nodes are avoided: debts, if the block is recorded."""
+    may_owe: bool = False
+    """No better volume is to be had: debts are accepted, also for slots that fail now."""
 
 
 class Avoided(NamedTuple):
@@ -77,14 +79,17 @@ class VolumeChooser:
 
         Raises `NotEnoughNodes`: at once with fewer than `write_minimum` healthy nodes.
         """
-        give_up_at = min(deadline, self._clock.monotonic() + self._settings.placement_wait_s)
+        began = self._clock.monotonic()
+        give_up_at = min(deadline, began + self._settings.placement_wait_s)
         while True:
             healthy = self.healthy_nodes(avoid)
             choice = self._pick(scheme, avoid)
-            if choice is not None and (
-                not choice.missing or healthy < scheme.n or self.has_waited(scheme)
-            ):
-                return choice
+            if choice is not None:
+                # Other puts of the scheme may go well all the while and never let its clock run.
+                waited_s = self._clock.monotonic() - began
+                patient = waited_s < self._settings.debts_after_s and not self.has_waited(scheme)
+                if not choice.missing or healthy < scheme.n or not patient:
+                    return replace(choice, may_owe=not patient)
             if healthy < scheme.write_minimum:
                 raise NotEnoughNodes(
                     f"{healthy} storage nodes take writes; {scheme} needs at least "

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, bindparam, delete, select, update
 
 from cluster import map_rows
 from cluster.block_client import BlockClient
-from cluster.block_client_settings import BlockClientSettings, Run
+from cluster.block_client_settings import BlockClientSettings, PutResult, Run
 from cluster.block_index import BlockIndex, BlockRow, NewBlock, RecordOutcome, receipts_hold
 from cluster.block_rows import BlockRows
 from cluster.block_sql import LIVE, BlockSql, Growth
@@ -292,14 +292,15 @@ class TranscodingJob:
             if isinstance(plain, HaversackError):
                 failed[row.hash] = plain.message
                 continue
-            pending.append(PendingBlock(row.hash, (plain,), row.plain_bytes))
+            pending.append(PendingBlock(0, row.hash, (plain,), row.plain_bytes))
             going.append(row)
         wrong = await self._tools.run(_wrong, pending)
         assert not wrong, f"the get path gave other bytes than {wrong}"
         if not pending:
             return 0, failed
         self._relocator.expect(going)
-        results = await self._put_path.store(0, self._scheme, pending)
+        results: dict[BlockHash, PutResult | HaversackError] = {}
+        await self._put_path.store(self._scheme, pending, results.__setitem__)
         for block, result in results.items():
             if isinstance(result, HaversackError):
                 if not isinstance(result, RetryLater):
