@@ -19,7 +19,7 @@ import structlog
 from cluster.block_client_settings import BlockClientSettings
 from cluster.change.runner import JobRunner
 from cluster.change.transcode import TranscodeParts
-from cluster.members import write_controller_plan
+from cluster.members import upkeep_of, write_controller_plan
 from cluster.placement_host import socket_ports
 from cluster.repair.service import RepairService
 from cluster.repair.settings import RepairSettings
@@ -148,10 +148,13 @@ class RepairHost:
         database = self._database
         assert database is not None
 
-        async def members_changed() -> None:
-            await self._run(
-                write_controller_plan, database, self._data, settings.node_capacity_bytes
+        def write_plan() -> None:
+            write_controller_plan(
+                database, self._data, settings.node_capacity_bytes, upkeep_of(settings)
             )
+
+        async def members_changed() -> None:
+            await self._run(write_plan)
 
         return JobRunner(
             database,
