@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cluster.ray_environment import ray_environment
+from protocol.config import DEFAULT_FILE, ENV_CONFIG_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,17 @@ def _environment(options: UpOptions, data: Path) -> dict[str, str]:
         "HAVERSACK_SCHEME": options.scheme,
         "HAVERSACK_HOST": options.host,
         "HAVERSACK_PORT": options.port,
-        "HAVERSACK_CONFIG": options.config and options.config.resolve(),
+        "HAVERSACK_CONFIG": _settings_file(options),
         "HAVERSACK_NODE_LABELS": json.dumps(options.labels) if options.labels else None,
     }
     chosen = {name: str(value) for name, value in given.items() if value is not None}
     return {**os.environ, **chosen, **ray_environment(data / "ray.token")}
+
+
+def _settings_file(options: UpOptions) -> Path | None:
+    """The file that this command reads, by its full name: Ray may start processes elsewhere."""
+    named = options.config or os.environ.get(ENV_CONFIG_FILE)
+    if named:
+        return Path(named).resolve()
+    default = Path(DEFAULT_FILE)
+    return default.resolve() if default.is_file() else None
