@@ -46,6 +46,7 @@ from cluster.repair.volume_run import (
     VolumeRun,
 )
 from cluster.topology import NodeState, VolumeView
+from cluster.verify.stray_rows import may_receive
 from cluster.volume_map import VolumeMap
 from protocol.clock import Clock
 from protocol.errors import DatabaseBusy, HaversackError, NodeUnavailable, NotLeader
@@ -232,8 +233,14 @@ class RepairExecutor:
             NewMove(move.slot, move.source, move.target, move.reason, move.job_id) for move in moves
         ]
         now = self._clock.wall()
+        fade_s = self._tools.settings.delete_fade_s
 
         def work(connection: Connection) -> VolumeView | None:
+            for move in new:
+                if not may_receive(connection, move.target, volume_id, move.slot, now - fade_s):
+                    raise TargetUnfit(
+                        move.target, f"a delete of slot {move.slot} may still be under way there"
+                    )
             before = _read_volume(connection, volume_id)
             volume = begin_moves(connection, volume_id, new, now)
             if volume is not None and before is not None and volume.epoch != before.epoch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.verify.settings import VerifierSettings
 from protocol.limits import GIB, MIB
 
 
@@ -67,6 +68,9 @@ class RepairSettings:
 
     rounds_max: int = 3
     """How often the rest of a slot is made again before its target counts as unfit."""
+
+    delete_fade_s: float = VerifierSettings().fade_s
+    """For so long after the verifier sent a delete without an answer, no move begins there."""
 
     retry_unrepairable_s: float = 600.0
     """Before a block that could not be made is tried again, if nothing changed in between."""

@@ -17,13 +17,17 @@ from repair_cell import (
     set_since,
     volumes_of,
 )
+from sqlalchemy import Connection
 
 from cluster.block_sql import Debt
 from cluster.debts import DebtReason
 from cluster.repair.executor import RunState
 from cluster.repair.plan import SlotMove
 from cluster.repair.service import RepairService
+from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeState, VolumeState
+from cluster.verify.differences import Difference
+from cluster.verify.stray_rows import StrayRow, mark_removing, save_strays
 from erasure.fragment import pack_header, parse
 from protocol.errors import DirectoryForeign, NodeFull
 from protocol.hashing import hash_block
@@ -452,6 +456,40 @@ def test_a_living_nodes_slot_is_copied_not_decoded() -> None:
         await finish(cell, service)
 
     simulate(main, nodes=11)
+
+
+def test_no_move_begins_where_a_delete_of_that_slot_may_still_be_under_way() -> None:
+    async def main(cell: BlockCell) -> None:
+        data = data_of(1)
+        await cell.put(data)
+        row = await cell.row_of(data)
+        assert row is not None
+        source = (await cell.slots_of(data))[2]
+        (target,) = set(cell.node_ids) - set(await cell.slots_of(data))
+        service = await started(cell)
+        now = cell.clock.wall()
+        key = FragmentKey(row.volume, row.hash, 2)
+        sent = StrayRow(target, key, Difference.STALE, 100, now - 1e6, 1, None)
+
+        def delete_sent(connection: Connection) -> None:
+            save_strays(connection, [sent], 1)
+            mark_removing(connection, [sent.place], now)
+
+        cell.db.transact(delete_sent)
+        epoch = volumes_of(cell, [row])[row.volume].epoch
+        move = SlotMove(row.volume, 2, source, target, "drain")
+        result = await service.executor.repair(row.volume, [move], ())
+        assert (result.state, result.unfit) == (RunState.UNFIT, target)
+        assert volumes_of(cell, [row])[row.volume].epoch == epoch
+        assert moves(cell) == []
+        await cell.clock.sleep(RepairSettings().delete_fade_s + 1)
+        result = await service.executor.repair(row.volume, [move], ())
+        assert result.state is RunState.DONE
+        assert (await cell.slots_of(data))[2] == target
+        assert_whole(cell)
+        await finish(cell, service)
+
+    simulate(main, nodes=10)
 
 
 def test_puts_that_were_under_way_are_fenced_and_written_elsewhere() -> None:
