@@ -31,6 +31,7 @@ class NodeReport(NamedTuple):
     free_bytes: int
     used_bytes: int
     fragments: int
+    placement_free_bytes: int = -1
 
 
 def read_version(connection: Connection) -> int:
@@ -85,6 +86,7 @@ def insert_nodes(connection: Connection, views: Sequence[NodeView], version: int
             "free_bytes": view.free_bytes,
             "used_bytes": view.used_bytes,
             "fragments": view.fragments,
+            "placement_free_bytes": view.placement_free_bytes,
             "detail": view.detail,
             "changed": version,
         }
@@ -107,6 +109,13 @@ def set_node_state(
         update(nodes)
         .where(nodes.c.node_id == node_id)
         .values(state=state.value, state_since=since, detail=detail, changed=version)
+    )
+
+
+def set_disk_failed(connection: Connection, node_id: NodeId, failed: bool, version: int) -> None:
+    """Record what a node says of its own disk."""
+    connection.execute(
+        update(nodes).where(nodes.c.node_id == node_id).values(disk_failed=failed, changed=version)
     )
 
 
@@ -162,6 +171,7 @@ def save_reports(connection: Connection, reports: Sequence[NodeReport]) -> None:
                 free_bytes=report.free_bytes,
                 used_bytes=report.used_bytes,
                 fragments=report.fragments,
+                placement_free_bytes=report.placement_free_bytes,
             )
         )
 
@@ -185,6 +195,7 @@ def _node_view(row: Row[Any]) -> NodeView:
         fragments=row.fragments,
         detail=row.detail,
         disk_failed=bool(row.disk_failed),
+        placement_free_bytes=row.placement_free_bytes,
     )
 
 

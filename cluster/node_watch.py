@@ -21,7 +21,7 @@ from protocol.errors import HaversackError, StaleIncarnation
 from protocol.ids import NodeId
 from protocol.messages import LeaseReply
 from storage_node.interface import NodePort
-from storage_node.service_state import ServiceState
+from storage_node.service_state import Fault, ServiceState
 
 Ports = Callable[[NodeView], NodePort]
 
@@ -39,7 +39,10 @@ class _Health:
     answered: bool = False
     """The last push was answered by a serving node of this incarnation."""
     misses: int = 0
-    disk_bad: bool = False
+    refuses: bool = False
+    """It answers that it does not serve its directory, or that its disk is bad."""
+    disk_failed: bool = False
+    """It said that its disk is bad, and has not served without that fault since."""
     is_full: bool = False
     """It has no free space, and has not had much since."""
     write_failures: int | None = None
@@ -75,12 +78,16 @@ class NodeWatch:
         for view in views:
             health = self._nodes.get(view.node_id)
             if health is None:
-                self._nodes[view.node_id] = _Health(view, heard_at=self._clock.monotonic())
+                self._nodes[view.node_id] = self._begin(view)
             elif _same_life(health.view, view):
                 health.view = view
             elif view.incarnation >= health.view.incarnation:  # else it was read before the other
                 self._retire(health)
-                self._nodes[view.node_id] = _Health(view, heard_at=self._clock.monotonic())
+                self._nodes[view.node_id] = self._begin(view)
+
+    def _begin(self, view: NodeView) -> _Health:
+        now = self._clock.monotonic()
+        return _Health(view, heard_at=now, disk_failed=view.disk_failed)
 
     def views(self) -> tuple[NodeView, ...]:
         """Rows as last adopted, in id order."""
@@ -132,7 +139,8 @@ class NodeWatch:
             self._missed(health, error.message)
         except TimeoutError:
             self._missed(health, f"no answer within {deadline_s:g} s")
-        if self.event_for(health.view.node_id) is not None or self._is_ahead(health):
+        disk_news = health.disk_failed != health.view.disk_failed
+        if self.event_for(health.view.node_id) is not None or self._is_ahead(health) or disk_news:
             self._wake()
 
     def _heard(self, health: _Health, reply: LeaseReply) -> None:
@@ -140,11 +148,17 @@ class NodeWatch:
         self._note_writes(health, reply)
         if self._is_unwritable(health) and not was_unwritable:
             self._wake()
-        health.disk_bad = reply.state == ServiceState.REFUSING
+        health.refuses = reply.state == ServiceState.REFUSING or reply.fault == Fault.DISK
+        if reply.fault == Fault.DISK:
+            # It may go on serving reads; it is down all the same, so that nobody relies on it.
+            health.disk_failed = True
+            self._missed(health, f"its disk is bad: {reply.detail or reply.state}")
+            return
         if reply.state != ServiceState.SERVING or reply.incarnation != health.view.incarnation:
             self._missed(health, f"{reply.state}: {reply.detail}" if reply.detail else reply.state)
             return
         health.answered = True
+        health.disk_failed = False
         health.misses = 0
         health.heard_at = self._clock.monotonic()
         health.detail = reply.detail
@@ -173,6 +187,9 @@ class NodeWatch:
             free_bytes=summary.disk_free_bytes,
             used_bytes=summary.fragment_bytes,
             fragments=summary.fragments,
+            placement_free_bytes=(
+                summary.space.placement_free_bytes if summary.space.capacity_bytes else -1
+            ),
         )
 
     # -- what it means ---------------------------------------------------------------------------
@@ -185,7 +202,7 @@ class NodeWatch:
         silent_s = now - health.heard_at
         lost = silent_s >= self._settings.down_after_s and now >= self._lost_not_before
         for holds, event in (
-            (health.disk_bad, NodeEvent.DISK_FAILED),
+            (health.refuses, NodeEvent.DISK_FAILED),
             (health.answered, NodeEvent.ANSWERED),
             (health.misses >= self._settings.misses_until_suspect, NodeEvent.MISSED),
             (lost and not health.answered, NodeEvent.LOST),
@@ -193,6 +210,14 @@ class NodeWatch:
             if holds and may_happen(state, event):
                 return event
         return None
+
+    def disk_verdicts(self) -> dict[NodeId, bool]:
+        """Nodes whose rows do not say what they say of their disks: True for a bad one."""
+        return {
+            node_id: health.disk_failed
+            for node_id, health in self._nodes.items()
+            if health.disk_failed != health.view.disk_failed and _is_watched(health.view)
+        }
 
     def detail_of(self, node_id: NodeId) -> str:
         """What the last push told, for the node's row."""
@@ -265,5 +290,11 @@ def _same_life(held: NodeView, new: NodeView) -> bool:
 
 
 def _differs(report: NodeReport, view: NodeView) -> bool:
-    held = NodeReport(view.node_id, view.free_bytes, view.used_bytes, view.fragments)
+    held = NodeReport(
+        view.node_id,
+        view.free_bytes,
+        view.used_bytes,
+        view.fragments,
+        view.placement_free_bytes,
+    )
     return held != report

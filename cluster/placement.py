@@ -160,11 +160,28 @@ def plan_volumes(
             unmet.append(scheme)
             continue
         taken = {_node_set(volume.slots) for volume in stock}
-        for slots in plan_slots(view.nodes, scheme, count, rng, view.unwritable):
-            chosen = _unlike(taken, slots, view, scheme, rng)
+        shunned = view.unwritable | _crowded(view, scheme)
+        for slots in plan_slots(view.nodes, scheme, count, rng, shunned):
+            chosen = _unlike(taken, slots, view, shunned, scheme, rng)
             taken.add(_node_set(chosen))
             openings.append(Opening(scheme, chosen))
     return OpenVolumesPlan(tuple(openings), tuple(unmet))
+
+
+def _crowded(view: CellView, scheme: Scheme) -> frozenset[NodeId]:
+    """Nodes to leave out because they are rather full: none unless the others make volumes that
+    are as wide and spread as well."""
+    usable = [
+        node
+        for node in view.nodes
+        if node.takes_new_volumes and node.node_id not in view.unwritable
+    ]
+    rest = [node for node in usable if not node.is_crowded]
+    if len(rest) == len(usable) or len(rest) < scheme.n:
+        return frozenset()
+    if spread_cap(rest, scheme) > spread_cap(usable, scheme):
+        return frozenset()
+    return frozenset(node.node_id for node in usable if node.is_crowded)
 
 
 def _node_set(slots: Slots) -> frozenset[NodeId]:
@@ -175,6 +192,7 @@ def _unlike(
     taken: set[frozenset[NodeId]],
     slots: Slots,
     view: CellView,
+    shunned: frozenset[NodeId],
     scheme: Scheme,
     rng: random.Random,
 ) -> Slots:
@@ -182,7 +200,7 @@ def _unlike(
     choices = sum(1 for node in view.nodes if node.takes_new_volumes)
     tries = 0
     while choices > scheme.n and tries < _DISTINCT_TRIES and _node_set(slots) in taken:
-        (slots,) = plan_slots(view.nodes, scheme, 1, rng, view.unwritable)
+        (slots,) = plan_slots(view.nodes, scheme, 1, rng, shunned)
         tries += 1
     return slots
 

@@ -73,6 +73,8 @@ class _Change:
     """With what the node said."""
     ahead: dict[NodeId, int]
     reports: tuple[map_rows.NodeReport, ...]
+    disks: dict[NodeId, bool]
+    """Nodes whose disk went bad, or is well again."""
     unwritable: frozenset[NodeId]
     """See `CellView`; none while the service does not know its nodes yet."""
 
@@ -244,7 +246,7 @@ class PlacementService:
                 return
             change = self._heard()
             settled = self._settled()
-            idle = not change.events and not change.ahead and not change.reports
+            idle = not (change.events or change.ahead or change.reports or change.disks)
             review = review or change.unwritable != self._reviewed_unwritable
             if idle and not (review and await self._volumes_want_change(change.unwritable)):
                 self._opened_settled = settled
@@ -285,7 +287,7 @@ class PlacementService:
             else ()
         )
         unwritable = watch.unwritable() if self._settled() else frozenset[NodeId]()
-        return _Change(events, watch.ahead(), reports, unwritable)
+        return _Change(events, watch.ahead(), reports, watch.disk_verdicts(), unwritable)
 
     async def _volumes_want_change(self, unwritable: frozenset[NodeId]) -> bool:
         """A look without a write: also finds out whether the role is still ours, and what others
@@ -401,12 +403,19 @@ def _write_pass(
         if incarnation > nodes[node_id].incarnation
     }
     map_rows.save_reports(connection, change.reports)
-    if moves or ahead:
+    disks = {
+        node_id: failed
+        for node_id, failed in change.disks.items()
+        if nodes[node_id].disk_failed != failed
+    }
+    if moves or ahead or disks:
         version = map_rows.next_version(connection)
         for node_id, _, state, detail in moves:
             map_rows.set_node_state(connection, node_id, state, now, detail, version)
         for node_id, incarnation in ahead.items():
             map_rows.skip_incarnations(connection, node_id, incarnation + 1, version)
+        for node_id, failed in disks.items():
+            map_rows.set_disk_failed(connection, node_id, failed, version)
     current = tuple(map_rows.read_nodes(connection))
     view = CellView(current, tuple(map_rows.read_open_volumes(connection)), change.unwritable)
     seals, opens = _plan(view, targets, kept, rng, settled)

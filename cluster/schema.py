@@ -87,6 +87,8 @@ nodes = Table(
     Column("detail", String, nullable=False),
     # The node says itself that its disk is bad: its slots are placed anew without waiting.
     Column("disk_failed", Boolean, nullable=False, server_default=text("false")),
+    # Until no new volume should be placed on it; -1 until it says so.
+    Column("placement_free_bytes", BigInteger, nullable=False, server_default=text("-1")),
     # Map version of the row's last change; bytes, fragments and detail do not count as one.
     Column("changed", BigInteger, nullable=False),
     sqlite_with_rowid=False,

@@ -165,5 +165,7 @@ def node_json(node: NodeView) -> dict[str, Any]:
         "fragments": node.fragments,
         "capacity_bytes": node.capacity_bytes,
         "free_bytes": node.free_bytes,
+        "placement_free_bytes": node.placement_free_bytes,
+        "disk_failed": node.disk_failed,
         "detail": node.detail,
     }

@@ -59,7 +59,7 @@ class NodeEvent(enum.StrEnum):
     LOST = "lost"
     """No lease was answered for so long that its slots must be written elsewhere."""
     DISK_FAILED = "disk_failed"
-    """It says itself that its disk is bad."""
+    """It says itself that its disk is bad, or that its directory is missing or another's."""
     DRAIN = "drain"
     DRAIN_CANCELLED = "drain_cancelled"
     EMPTIED = "emptied"
@@ -155,6 +155,8 @@ class NodeView:
     detail: str
     disk_failed: bool = False
     """The node says itself that its disk is bad."""
+    placement_free_bytes: int = -1
+    """What it may fill before no new volume should be placed on it; -1 until it says so."""
 
     @property
     def domain(self) -> FailureDomain:
@@ -165,6 +167,11 @@ class NodeView:
     def takes_new_volumes(self) -> bool:
         """Whether a planner may give it slots of new volumes."""
         return self.state in TAKES_NEW_VOLUMES and self.weight > 0
+
+    @property
+    def is_crowded(self) -> bool:
+        """So full that new volumes should lie on others while there are others."""
+        return self.placement_free_bytes == 0
 
     @property
     def placement_weight(self) -> float:

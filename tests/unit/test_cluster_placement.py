@@ -193,3 +193,21 @@ def test_every_node_gets_data_slots_and_parity_slots_alike() -> None:
     for node_id in node_ids(9):
         data = sum(1 for slots in planned if slots.index(node_id) < RS.k)
         assert abs(data - 600) <= 30
+
+
+def test_crowded_nodes_are_left_out_while_the_rest_are_as_wide_and_spread_as_well() -> None:
+    def chosen(*views: NodeView) -> set[NodeId]:
+        plan = plan_volumes(CellView(views, ()), [StockTarget(RS, 20)], random.Random(3))
+        assert len(plan.openings) == 20
+        assert all(None not in opening.slots for opening in plan.openings)
+        return {name for opening in plan.openings for name in opening.slots if name is not None}
+
+    def crowded(view: NodeView) -> NodeView:
+        return replace(view, placement_free_bytes=0)
+
+    roomy = nodes(12)
+    assert chosen(*map(crowded, roomy[:3]), *roomy[3:]) == set(node_ids(12)[3:])
+    # Eight are too few for nine slots, and nine of one rack would all be lost with it.
+    assert chosen(*map(crowded, roomy[:4]), *roomy[4:]) == set(node_ids(12))
+    racks = [node(number, rack=f"rack-{(number - 1) // 9}") for number in range(1, 28)]
+    assert chosen(*racks[:9], *map(crowded, racks[9:])) == set(node_ids(27))

@@ -45,7 +45,7 @@ from protocol.errors import (
 )
 from protocol.ids import NodeId, VolumeId
 from protocol.limits import VOLUME_BYTES_TARGET
-from protocol.messages import LeaseReply, SummaryReply
+from protocol.messages import LeaseReply, SpaceReport, SummaryReply
 from sql.database import Database
 from storage_node.identity import Identity
 from storage_node.local_port import LocalPort
@@ -64,6 +64,8 @@ class ScriptedNode:
     answer_after_s: float = 0.0
     state: str = "serving"
     detail: str = ""
+    fault: str = ""
+    placement_free_bytes: int = 1 << 39
     incarnation: int = 0
     free_bytes: int = 1 << 39
     fragments: int = 0
@@ -95,7 +97,9 @@ class ScriptedPort:
                 "older than mine", {"node": self.node_id, "incarnation": node.incarnation}
             )
         node.incarnation = incarnation
-        return LeaseReply(incarnation, node.state, node.detail, free_bytes=node.free_bytes)
+        return LeaseReply(
+            incarnation, node.state, node.detail, node.fault, free_bytes=node.free_bytes
+        )
 
     async def summary(self, deadline_s: float) -> SummaryReply:
         await self._reach(deadline_s)
@@ -111,6 +115,8 @@ class ScriptedPort:
             node.free_bytes,
             1,
             {},
+            node.fault,
+            SpaceReport(1 << 40, placement_free_bytes=node.placement_free_bytes),
         )
 
     async def close(self) -> None:
@@ -414,6 +420,73 @@ def test_a_node_that_refuses_its_directory_is_down_at_once(play: Callable[..., N
         assert cell.rows.node(3).detail == "refusing: the directory is gone"
 
     play(main)
+
+
+def test_a_bad_disk_is_noted_in_the_row_until_the_node_serves_without_that_fault(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        cell.node(3).fault = "disk"  # it goes on serving
+        cell.node(4).state, cell.node(4).fault = "refusing", "directory"
+        await cell.service.step()
+        assert cell.states()[2:4] == [DOWN, DOWN]
+        assert [view.disk_failed for view in cell.rows.nodes()[2:4]] == [True, False]
+        assert cell.rows.nodes()[2].detail == "its disk is bad: serving"
+        await cell.service.step()
+        version = cell.version()
+        await cell.service.step()
+        assert cell.states()[2] is DOWN, "its answers do not bring it up"
+        cell.node(3).alive = False
+        await cell.service.step()
+        assert cell.rows.nodes()[2].disk_failed, "silence proves nothing"
+        assert cell.version() == version
+        # A successor knows it from the row.
+        await cell.service.stop()
+        cell.service = cell.new_service("second")
+        await cell.service.start()
+        await cell.service.step()
+        assert cell.rows.nodes()[2].disk_failed
+        cell.node(3).fault = cell.node(4).fault = ""
+        cell.node(4).state = "serving"
+        cell.node(3).alive = True
+        await cell.service.step()
+        assert cell.states()[2:4] == [UP, UP]
+        assert not cell.rows.nodes()[2].disk_failed
+
+    play(main)
+
+
+def test_a_crowded_node_gets_no_new_volumes_and_keeps_those_it_has(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        crowded = NodeId.numbered(2)
+        before = {volume.volume_id: volume for volume in cell.open_volumes()}
+        assert any(crowded in volume.slots for volume in before.values())
+        cell.node(2).placement_free_bytes = 0
+        await asyncio.sleep(SETTINGS.report_interval_s + 1)
+        await cell.service.step()
+        assert cell.rows.nodes()[1].is_crowded
+        assert {volume.volume_id for volume in cell.open_volumes()} == set(before)
+
+        def fill(connection: Connection) -> None:
+            full = schema.volumes.update().values(stored_bytes=VOLUME_BYTES_TARGET, blocks=1)
+            connection.execute(full)
+
+        cell.db.transact(fill)
+        await cell.service.step()
+        after = cell.open_volumes()
+        assert len(after) == len(before)
+        assert not any(crowded in volume.slots for volume in after)
+        assert not any(volume.vacant_slots for volume in after)
+
+    play(main, nodes=11)
 
 
 def test_a_node_whose_store_failed_is_suspect_while_it_reopens(play: Callable[..., None]) -> None:

@@ -101,6 +101,8 @@ async def test_the_json_names_the_cell_its_nodes_and_its_sums(db: Database, rows
         "fragments": 2,
         "capacity_bytes": 1 << 40,
         "free_bytes": 900,
+        "placement_free_bytes": -1,
+        "disk_failed": False,
         "detail": "",
     }
 

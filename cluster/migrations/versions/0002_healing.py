@@ -18,6 +18,12 @@ def upgrade() -> None:
         sa.Column("disk_failed", sa.Boolean, nullable=False, server_default=sa.text("false")),
     )
     op.add_column(
+        "nodes",
+        sa.Column(
+            "placement_free_bytes", sa.BigInteger, nullable=False, server_default=sa.text("-1")
+        ),
+    )
+    op.add_column(
         "debts",
         sa.Column("reason", sa.String, nullable=False, server_default=sa.text("'not written'")),
     )
