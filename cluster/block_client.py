@@ -31,6 +31,7 @@ from cluster.grouping import GroupCall, Grouping
 from cluster.hedging import HedgeBudget
 from cluster.node_pool import NodePool
 from cluster.put_path import PendingBlock, PutPath, Settle
+from cluster.shared_reads import SharedReads
 from cluster.stripe_read import Pieces, ReadTools, joined
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
@@ -96,7 +97,10 @@ class BlockClient:
         self._settings = settings
         self._rows = BlockRows(index, settings.rows_cached_max)
         self._map = volume_map
-        self._tools = ReadTools(pool, HedgeBudget(), codec, keyring, clock, rng, run, settings)
+        reads = SharedReads(pool, rng, settings.get_slot_s)
+        self._tools = ReadTools(
+            pool, reads, HedgeBudget(), codec, keyring, clock, rng, run, settings
+        )
         self._put_path = PutPath(
             index, self._rows, volume_map, pool, codec, keyring, clock, rng, run, settings
         )

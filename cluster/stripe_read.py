@@ -23,6 +23,7 @@ from cluster.block_client_settings import BlockClientSettings, FragmentProblem, 
 from cluster.block_index import BlockRow
 from cluster.hedging import HedgeBudget
 from cluster.node_pool import Direction, NodePool
+from cluster.shared_reads import SharedReads
 from cluster.topology import VolumeView
 from erasure.codec import Codec
 from erasure.envelope import unseal_pieces
@@ -60,6 +61,7 @@ class ReadTools(NamedTuple):
     """What every read needs; one per block client."""
 
     pool: NodePool
+    reads: SharedReads
     hedges: HedgeBudget
     codec: Codec
     keyring: Keyring | None
@@ -204,11 +206,11 @@ class StripeRead:
     # -- which slots, and when -----------------------------------------------------------------
 
     def _rank_slots(self) -> None:
-        """Data slots first; any order for replicas, so that the load spreads."""
+        """Data slots first; replicas in the order of the moment, so that the load spreads."""
         scheme = self._volume.scheme
         slots = list(range(scheme.n))
         if scheme.kind is SchemeKind.REPLICA:
-            self._tools.rng.shuffle(slots)
+            slots.sort(key=lambda slot: self._tools.reads.rank(self._volume.slots[slot]))
         for slot in slots:
             if slot in self.fragments:
                 continue
@@ -254,10 +256,8 @@ class StripeRead:
         left_s = self._deadline - self._tools.clock.monotonic()
         deadline_s = max(_TIMER_MIN_S, min(self._tools.settings.get_slot_s, left_s))
         key = FragmentKey(self._row.volume, self._row.hash, slot)
-        answers = await self._tools.pool.read(node_id, [key], self._expected, deadline_s)
-        if len(answers) != 1:
-            raise CorruptFragment(f"{node_id} answered {len(answers)} records for one key")
-        return open_record(self._row, slot, answers[0])
+        answer = await self._tools.reads.read(node_id, key, self._expected, deadline_s)
+        return open_record(self._row, slot, answer)
 
     def _on_done(self, slot: int, node_id: NodeId, task: asyncio.Task[Fragment]) -> None:
         """Sort a slot's result; wake the read if there is something to decide."""
