@@ -148,4 +148,20 @@ def idle_cpu_share(pid: int, seconds: float) -> float:
     return (processes.cpu_seconds(pid) - before) / (time.monotonic() - started)
 
 
+def settle(pid: int) -> float:
+    """Wait until what a start leaves to do is done: until the CPU of a window is no longer well
+    below that of the one before.  Seconds it took, at most `SETTLE_S_MAX`."""
+    started = time.monotonic()
+    before = float("inf")
+    while time.monotonic() - started < SETTLE_S_MAX:
+        share = idle_cpu_share(pid, SETTLE_WINDOW_S)
+        if share > 0.8 * before:
+            break
+        before = share
+    return time.monotonic() - started
+
+
+SETTLE_WINDOW_S = 5.0
+SETTLE_S_MAX = 60.0
+
 SMALL = 1 * KIB
