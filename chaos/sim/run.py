@@ -49,12 +49,14 @@ from cluster.verify.differences import STRAYS
 from erasure.codec import Codec
 from protocol.errors import HaversackError
 from protocol.ids import BlockHash
+from storage_node import disk_health
 
 READY_S = 120.0
 """A cold start: nodes register, leases, volumes."""
 
-CONVERGE_S = 300.0
-"""After the last fault: every node with a disk is up, and puts are whole again."""
+CONVERGE_S = disk_health.FAILURES_WINDOW_S + 300.0
+"""After the last fault: every node with a disk is up, and puts are whole again.  A disk that failed
+writes calls itself bad until they are forgotten."""
 
 HEAL_S = 300.0
 """After that, and after lost nodes are out: everything lost is made again."""

@@ -321,7 +321,8 @@ class RepairExecutor:
 
     def _may_publish(self, volume: VolumeView, making: Making, outcome: Outcome) -> bool:
         """Whether a slot may change hands.  One that lacks blocks may not while the disk that held
-        it may come back with them: it may be the last to hold their fragments."""
+        it may come back with them: it may be the last to hold their fragments.  A disk that calls
+        itself bad is no exception: what it still reads is whole."""
         if outcome.postponed:
             return False
         holder = volume.slots[making.slot]
@@ -332,7 +333,7 @@ class RepairExecutor:
         node = self._map.node(holder)
         away_s = self._clock.wall() - node.state_since
         patience_s = self._tools.settings.refusing_out_after_s
-        return node.state is NodeState.GONE or node.disk_failed or away_s >= patience_s
+        return node.state is NodeState.GONE or away_s >= patience_s
 
     async def _finish(
         self,
