@@ -174,6 +174,7 @@ async def serve(settings: Settings) -> None:
             loop.create_task(trim_when_idle(server)),
             loop.create_task(watch(services, url)),
             loop.create_task(services.canaries.run()),
+            loop.create_task(services.lookout.run()),
         ]
         try:
             await running
@@ -181,6 +182,8 @@ async def serve(settings: Settings) -> None:
             for task in beside:
                 task.cancel()
             await asyncio.wait(beside)
+            with contextlib.suppress(HaversackError):  # what it said is soon stale
+                await services.lookout.withdraw()
             withdraw(path)
     log.info("stopped", pid=os.getpid())
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,9 +32,11 @@ from cluster.cell import open_cell
 from cluster.change.desk import ChangeDesk
 from cluster.explain.losses import Losses
 from cluster.explain.why import Explainer
+from cluster.lookout import Lookout
 from cluster.members import upkeep_of
 from cluster.node_pool import NodePool
 from cluster.problem_log import ProblemLog
+from cluster.repair.settings import repair_settings
 from cluster.scrub_desk import ScrubDesk
 from cluster.status import CellStatus, read_status
 from cluster.topology import SERVES_READS, NodeView
@@ -88,6 +91,7 @@ class Services:
     watcher_token: str
     """Secret of this process."""
     canaries: Canaries
+    lookout: Lookout
     metrics: Metrics = field(default_factory=Metrics)
     version: str = "0"
 
@@ -98,6 +102,11 @@ def haversack_version() -> str:
         return installed_version("haversack")
     except PackageNotFoundError:
         return "0+checkout"
+
+
+def gateway_name() -> str:
+    """Of this process, for people and for other processes of the cell."""
+    return f"gateway {socket.gethostname()}:{os.getpid()}"
 
 
 def read_secret(path: Path) -> bytes:
@@ -156,6 +165,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
             BlockClientSettings(scheme=cell.scheme, compress=settings.compression),
             report,
         )
+        lookout = Lookout(gateway_name(), cell_db, volume_map, pool, clock, rng)
         databases = {"cell": cell_db, "metadata": metadata_db}
         version = haversack_version()
 
@@ -187,7 +197,9 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
                 upkeep_of(settings),
             ),
             snapshot=snapshot,
-            explainer=Explainer(cell_db, pool.port, clock, settings.node_out_after_s),
+            explainer=Explainer(
+                cell_db, pool.port, clock, repair_settings(settings), lookout.sightings
+            ),
             losses=Losses(cell_db, clock),
             readiness=ReadinessProbe(databases, volume_map, cell.schemes, clock).ask,
             run=run,
@@ -202,6 +214,7 @@ async def open_services(settings: Settings, clock: Clock) -> AsyncIterator[Servi
                 pool.port,
                 CanarySettings(settings.canary_interval_s, settings.canary_alarm_s),
             ),
+            lookout=lookout,
             watcher_token=secrets.token_urlsafe(32),
             metrics=metrics,
             version=version,

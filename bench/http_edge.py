@@ -123,6 +123,7 @@ def _application(name: str) -> Any:
             run=run,
             cell_db=instant,
             canaries=instant,
+            lookout=instant,
             sample=WatchSample(random.Random(1), 0.0),
             watcher_token="of the bench",
         )

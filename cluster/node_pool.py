@@ -122,12 +122,13 @@ class _Breaker:
 class _NodeRecord:
     """What the pool knows of one node."""
 
-    __slots__ = ("answered_at", "breakers", "life", "lost_races", "port")
+    __slots__ = ("answered_at", "breakers", "life", "lost_races", "port", "read_at")
 
     def __init__(self, now: float) -> None:
         self.port: NodePort | None = None
         self.life: _Life | None = None
         self.answered_at = now
+        self.read_at = float("-inf")
         self.lost_races = 0
         self.breakers = {Direction.READ: _Breaker(), Direction.WRITE: _Breaker()}
 
@@ -150,6 +151,7 @@ class NodePool:
         self._latency = LatencyTable()
         self._closing: dict[asyncio.Task[None], None] = {}
         self._closed = False
+        self._on_suspicion: Callable[[], None] = lambda: None
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -277,6 +279,26 @@ class NodePool:
             node_id for node_id in sorted(self._nodes) if self.is_suspected(node_id, direction)
         )
 
+    def reason(self, node_id: NodeId, direction: Direction) -> str:
+        """Why a node was suspected last; empty if it never was."""
+        record = self._nodes.get(node_id)
+        return "" if record is None else record.breakers[direction].reason
+
+    def has_read(self, node_id: NodeId, within_s: float) -> bool:
+        """Whether a read of a node was answered within the last so many seconds."""
+        record = self._nodes.get(node_id)
+        return record is not None and self._clock.monotonic() - record.read_at < within_s
+
+    def tell_suspicion(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever suspicion begins or ends."""
+        self._on_suspicion = callback
+
+    async def ask(self, node_id: NodeId, direction: Direction) -> None:
+        """Ask a node whether it would serve.  Raises what a request would raise if it does not;
+        nobody is suspected for it."""
+        reply = await self.port(node_id).summary(PROBE_DEADLINE_S)
+        _check_service(node_id, reply, direction)
+
     def _failed(self, node_id: NodeId, direction: Direction, error: HaversackError) -> None:
         """Suspect a node; one that cannot be reached, in both directions."""
         record = self._record(node_id)
@@ -302,6 +324,7 @@ class NodePool:
         breaker.probe = asyncio.get_running_loop().create_task(
             self._probe(node_id, breaker, direction), name=f"probe-{node_id}"
         )
+        self._on_suspicion()
 
     async def _probe(self, node_id: NodeId, breaker: _Breaker, direction: Direction) -> None:
         """Ask a suspected node for its summary, more and more rarely, until it serves again."""
@@ -311,19 +334,20 @@ class NodePool:
             with contextlib.suppress(DatabaseBusy):  # the map we have will do for a probe
                 await self._map.refresh(max_age_s=BACKOFF_FIRST_S)
             try:
-                reply = await self.port(node_id).summary(PROBE_DEADLINE_S)
-                _check_service(node_id, reply, direction)
+                await self.ask(node_id, direction)
             except HaversackError as error:
                 breaker.failures += 1
                 breaker.reason = str(error)
                 continue
             breaker.probe = None  # on trial: `failures` is kept until a request succeeds
+            self._on_suspicion()
             return
 
     def _trust(self, breaker: _Breaker) -> None:
         if breaker.probe is not None:
             breaker.probe.cancel()
             breaker.probe = None
+            self._on_suspicion()
 
     def _has_new_life(self, node_id: NodeId, breaker: _Breaker) -> bool:
         try:
@@ -333,6 +357,8 @@ class NodePool:
 
     def _succeeded(self, record: _NodeRecord, direction: Direction) -> None:
         record.answered_at = self._clock.monotonic()
+        if direction is Direction.READ:
+            record.read_at = record.answered_at
         record.lost_races = 0
         breaker = record.breakers[direction]
         if breaker.failures:

@@ -10,7 +10,7 @@ present state, so an event whose transaction failed is simply seen again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.map_rows import NodeReport
@@ -27,6 +27,10 @@ Ports = Callable[[NodeView], NodePort]
 
 _DETAIL_CHARACTERS_MAX = 300
 """Of a node's own words that are kept in its row."""
+
+
+_SHUNNED_STATES = frozenset({NodeState.UP, NodeState.SUSPECT, NodeState.DOWN})
+"""In which a node counts as missed if no gateway reaches it."""
 
 
 @dataclass(slots=True)
@@ -52,6 +56,10 @@ class _Health:
     ahead: int = 0
     """An incarnation that the node says it has, higher than its row's."""
     detail: str = ""
+    shunned: str = ""
+    """What gateways say if none of them reaches it; empty otherwise."""
+    shunned_at: float = float("inf")
+    """Since when."""
     report: NodeReport | None = None
     reported_at: float = float("-inf")
     port: NodePort | None = None
@@ -192,6 +200,17 @@ class NodeWatch:
             ),
         )
 
+    # -- what gateways say -----------------------------------------------------------------------
+
+    def shun(self, unreachable: Mapping[NodeId, str]) -> None:
+        """No gateway reaches these nodes, and why; some gateway reaches all others, or none says
+        anything of them."""
+        for node_id, health in self._nodes.items():
+            said = unreachable.get(node_id, "")
+            if said and not health.shunned:
+                health.shunned_at = self._clock.monotonic()
+            health.shunned = said
+
     # -- what it means ---------------------------------------------------------------------------
 
     def event_for(self, node_id: NodeId) -> NodeEvent | None:
@@ -199,13 +218,19 @@ class NodeWatch:
         health = self._nodes[node_id]
         state = health.view.state
         now = self._clock.monotonic()
-        silent_s = now - health.heard_at
-        lost = silent_s >= self._settings.down_after_s and now >= self._lost_not_before
+        # A node that is being emptied takes no writes anyway: what gateways say changes nothing.
+        shunned = bool(health.shunned) and state in _SHUNNED_STATES
+        answered = health.answered and not shunned
+        bad_since = min(
+            now if health.answered else health.heard_at, health.shunned_at if shunned else now
+        )
+        lost = now - bad_since >= self._settings.down_after_s and now >= self._lost_not_before
+        missed = health.misses >= self._settings.misses_until_suspect or shunned
         for holds, event in (
             (health.refuses, NodeEvent.DISK_FAILED),
-            (health.answered, NodeEvent.ANSWERED),
-            (health.misses >= self._settings.misses_until_suspect, NodeEvent.MISSED),
-            (lost and not health.answered, NodeEvent.LOST),
+            (answered, NodeEvent.ANSWERED),
+            (missed, NodeEvent.MISSED),
+            (lost and not answered, NodeEvent.LOST),
         ):
             if holds and may_happen(state, event):
                 return event
@@ -220,8 +245,12 @@ class NodeWatch:
         }
 
     def detail_of(self, node_id: NodeId) -> str:
-        """What the last push told, for the node's row."""
-        return self._nodes[node_id].detail
+        """What the last push told, and gateways if they alone miss the node, for its row."""
+        health = self._nodes[node_id]
+        if health.shunned and health.answered and health.view.state in _SHUNNED_STATES:
+            said = f"it answers the placement service, but {health.shunned}"
+            return said[:_DETAIL_CHARACTERS_MAX]
+        return health.detail
 
     def ahead(self) -> dict[NodeId, int]:
         """Nodes that hold a higher incarnation than their rows: `cell.db` was set back in time."""

@@ -42,6 +42,7 @@ from cluster.placement import (
     plan_volumes,
 )
 from cluster.placement_settings import PlacementSettings
+from cluster.sightings import SightingBook, forget_gateways, read_sightings
 from cluster.topology import (
     CellView,
     NodeEvent,
@@ -121,6 +122,8 @@ class PlacementService:
         self._reviewed_unwritable: frozenset[NodeId] = frozenset()
         self._reported_at = float("-inf")
         self._stopped = False
+        self._sightings = SightingBook()
+        self._sighted_at = float("-inf")
 
     @property
     def epoch(self) -> int:
@@ -244,6 +247,7 @@ class PlacementService:
         async with self._pass_lock:
             if self._stopped:
                 return
+            await self._look_at_sightings()
             change = self._heard()
             settled = self._settled()
             idle = not (change.events or change.ahead or change.reports or change.disks)
@@ -272,6 +276,20 @@ class PlacementService:
             if change.reports:
                 self._reported_at = self._reviewed_at
             _tell(done)
+
+    async def _look_at_sightings(self) -> None:
+        """What gateways say of nodes; what gateways said that are gone is removed."""
+        now = self._clock.monotonic()
+        if now - self._sighted_at < self._settings.sightings_interval_s:
+            return
+        self._sightings.update(await self._db.read(read_sightings), now)
+        self._sighted_at = now
+        watch = self._started()
+        incarnations = {view.node_id: view.incarnation for view in watch.views()}
+        watch.shun(self._sightings.unreachable(incarnations, now))
+        gone = self._sightings.forgotten(now)
+        if gone:
+            await self._lead(lambda connection: forget_gateways(connection, gone))
 
     def _heard(self) -> _Change:
         watch = self._started()

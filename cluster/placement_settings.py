@@ -39,6 +39,9 @@ class PlacementSettings:
     report_interval_s: float = 10.0
     """Between two summaries of a node, and between two transactions that store them."""
 
+    sightings_interval_s: float = 2.0
+    """Between two looks at what gateways say of nodes."""
+
     write_failed_s: float = 60.0
     """How long after a failed write a node is kept out of open volumes: it opens its store again
     within seconds, and then looks well until somebody writes to it."""

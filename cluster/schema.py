@@ -20,6 +20,7 @@ them.  Imports SQLAlchemy only.  Changes go through `cluster/migrations` (`docs/
 | watched      | write that will be read again  | the watchers of gateways                      |
 | jobs         | change that somebody asked for | the API, repair                               |
 | events       | thing that happened            | placement, repair, the verifier               |
+| sightings    | (gateway, node in trouble)     | the lookouts of gateways; pruned: placement   |
 | leaders      | role that one process may hold | `leadership`                                  |
 """
 
@@ -245,6 +246,24 @@ watched = Table(
     # Attempts at this look that were answered by an error that may pass.
     Column("tries", SmallInteger, nullable=False),
     Index("watched_due", "due"),
+    sqlite_with_rowid=False,
+)
+
+sightings = Table(
+    "sightings",
+    metadata,
+    # A gateway's process, and a node that it, another gateway or placement does not reach.
+    Column("gateway", String, primary_key=True),
+    Column("node_id", String, primary_key=True),
+    Column("incarnation", BigInteger, nullable=False),
+    Column("reachable", Boolean, nullable=False),
+    Column("reason", String, nullable=False),
+    # How many nodes the gateway reached lately, and how many it did not.
+    Column("reached", Integer, nullable=False),
+    Column("missed", Integer, nullable=False),
+    # Both by the gateway's clock: readers compare `written` only with itself.
+    Column("since", Float, nullable=False),
+    Column("written", Float, nullable=False),
     sqlite_with_rowid=False,
 )
 

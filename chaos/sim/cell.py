@@ -476,8 +476,10 @@ class SimCell:
             self._codec,
             self._keyring(),
             self._client_settings(),
+            f"{host.name}:{life.number}",
         )
         self.gateways[host.name] = gateway
+        self._guard(host, life, gateway.lookout.run())
         self.network.listen(f"{host.name}:1", life.process, gateway)
         self._may_recover(host)
 

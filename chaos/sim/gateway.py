@@ -16,6 +16,7 @@ from chaos.workloads import EntrySeen
 from cluster.block_client import BlockClient
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import BlockIndex, NewBlock, RecordOutcome
+from cluster.lookout import Lookout
 from cluster.node_pool import NodePool
 from cluster.problem_log import ProblemLog
 from cluster.topology import NodeView
@@ -34,6 +35,9 @@ from sql.database import Database
 from storage_node.interface import NodePort
 
 Run = Callable[..., Awaitable[Any]]
+
+LOOK_S = 3.0
+"""Between two looks of a gateway: seldom, because looks are most of the steps of a quiet run."""
 
 MTIME = 1.0
 """Of every committed file: the same blocks again are then the same content."""
@@ -82,11 +86,13 @@ class SimGateway:
         codec: Codec,
         keyring: Keyring | None,
         settings: BlockClientSettings,
+        name: str,
     ) -> None:
         self.index = parts.block_index(cell_db, clock)
         self.map = parts.volume_map(cell_db, clock)
         self.pool = parts.node_pool(self.map, connect, clock, rng)
         self.problems = ProblemLog(cell_db, clock)
+        self.lookout = Lookout(name, cell_db, self.map, self.pool, clock, rng, LOOK_S)
         self.blocks = parts.block_client(
             self.index,
             self.map,

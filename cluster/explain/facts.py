@@ -93,7 +93,6 @@ class VolumeFacts:
     created: float
     nodes: dict[NodeId, NodeView]
     """All nodes of the cell."""
-    failed: frozenset[NodeId]
     """Nodes that said that their disk is bad."""
     moves: dict[int, Move]
     owed: dict[int, Owed]
@@ -138,7 +137,6 @@ class NodeFacts:
     """A node and what it holds."""
 
     view: NodeView
-    disk_failed: bool
     slots: int
     sealed_slots: int
     at_risk: tuple[AtRisk, ...]
@@ -210,12 +208,10 @@ def read_volume(connection: Connection, volume_id: VolumeId) -> VolumeFacts | No
         select(unrepairable).where(unrepairable.c.volume_id == int(volume_id)).limit(LISTED_MAX)
     )
     first = read_debts(connection, volume_id, LISTED_MAX)
-    failed = select(nodes.c.node_id).where(nodes.c.disk_failed)
     return VolumeFacts(
         view=view,
         created=connection.execute(created).scalar_one(),
         nodes={node.node_id: node for node in map_rows.read_nodes(connection)},
-        failed=frozenset(NodeId(name) for name in connection.execute(failed).scalars()),
         moves={row.slot: _move(row) for row in connection.execute(moves)},
         owed={
             row.slot: Owed(row.blocks, row.since, row.reason) for row in connection.execute(owed)
@@ -260,10 +256,8 @@ def read_node(connection: Connection, node_id: NodeId, away: Sequence[NodeId]) -
         .where(stray.c.node_id == str(node_id))
         .group_by(stray.c.kind)
     )
-    failed = select(nodes.c.disk_failed).where(nodes.c.node_id == str(node_id))
     return NodeFacts(
         view=view,
-        disk_failed=bool(connection.execute(failed).scalar_one()),
         slots=_count(connection, select(volume_slots.c.slot).where(mine)),
         sealed_slots=connection.execute(
             joined.where(mine, volumes.c.state == "sealed")

@@ -7,12 +7,15 @@ node that will be out at a certain time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.explain.facts import Move, NodeFacts, Owed, VolumeFacts
 from cluster.explain.risk import Risk
+from cluster.repair.plan import NodeWord, is_out, patience_s
+from cluster.repair.settings import RepairSettings
 from cluster.topology import SERVES_READS, NodeState, NodeView
+from protocol.ids import NodeId
 from protocol.messages import ItemStatus
 
 NOTHING: Final = "nothing to do"
@@ -26,10 +29,14 @@ _SAID: Final[Mapping[ItemStatus, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Wall-clock `now`, and how long a node is down before its slots are placed anew."""
+    """Wall-clock `now`, and what decides when a node's slots are placed anew."""
 
     now: float
-    out_after_s: float
+    settings: RepairSettings
+    reached: frozenset[NodeId] = frozenset()
+    """Nodes that some gateway reaches."""
+    words: Mapping[NodeId, NodeWord] = field(default_factory=dict)
+    """Of nodes that were asked just now."""
 
     def since(self, at: float) -> str:
         """`3 min`: how long ago."""
@@ -87,7 +94,7 @@ def next_of_node(facts: NodeFacts, times: Times) -> list[str]:
         found.append("it is drained: it may be removed, or taken back")
     elif view.state not in SERVES_READS and view.state is not NodeState.GONE:
         if facts.slots or view.state is NodeState.DOWN:
-            found.append(_of_node(view, facts.disk_failed, times))
+            found.append(_of_node(view, times))
     elif view.state is NodeState.SUSPECT:
         found.append("it was not heard of lately: it is down if that lasts")
     if facts.leaving_total and view.state is not NodeState.DRAINING:
@@ -121,8 +128,7 @@ def _moves_and_losses(facts: VolumeFacts, times: Times) -> list[str]:
         else:
             view = facts.nodes[node_id]
             if view.state not in SERVES_READS:
-                failed = node_id in facts.failed
-                found.append(f"slot {slot}: {_of_node(view, failed, times)}")
+                found.append(f"slot {slot}: {_of_node(view, times)}")
     return found
 
 
@@ -139,16 +145,22 @@ def _of_debt(slot: int, owed: Owed, times: Times) -> str:
     )
 
 
-def _of_node(view: NodeView, disk_failed: bool, times: Times) -> str:
+def _of_node(view: NodeView, times: Times) -> str:
     since = times.since(view.state_since)
     said = f"{view.node_id} is {view.state} since {since}"
     if view.detail:
         said += f" ({view.detail})"
     if view.state is not NodeState.DOWN:
         return f"{said}: it has to start"
-    if disk_failed:
+    if view.disk_failed:
         return f"{said}: its disk failed, its slots are placed anew"
-    left_s = times.out_after_s - (times.now - view.state_since)
-    if left_s > 0:
-        return f"{said}: its slots are placed anew in {duration(left_s)} unless it comes back"
-    return f"{said}: it is out, its slots are placed anew as nodes can take them"
+    word = times.words.get(view.node_id, NodeWord.SILENT)
+    is_read = view.node_id in times.reached
+    if is_out(view, times.now, times.settings, word, is_read=is_read):
+        return f"{said}: it is out, its slots are placed anew as nodes can take them"
+    if is_read:
+        return f"{said}: a gateway reaches it, so its slots stay where they are"
+    if word is NodeWord.SERVES:
+        return f"{said}: it answers and serves, so its slots stay where they are"
+    left_s = patience_s(times.settings, word) - (times.now - view.state_since)
+    return f"{said}: its slots are placed anew in {duration(left_s)} unless it comes back"

@@ -36,6 +36,9 @@ from cluster.explain.next_action import (
 )
 from cluster.explain.risk import assess
 from cluster.redundancy import blocks_by_spare
+from cluster.repair.plan import NodeWord, word_of
+from cluster.repair.settings import RepairSettings
+from cluster.sightings import Sighting
 from cluster.status import node_json
 from cluster.topology import SERVES_READS, NodeView
 from protocol.clock import Clock
@@ -85,14 +88,16 @@ class Explainer:
         db: Database,
         port: Callable[[NodeId], NodePort],
         clock: Clock,
-        out_after_s: float,
+        settings: RepairSettings,
+        sightings: Callable[[], Mapping[NodeId, Sequence[Sighting]]],
     ) -> None:
-        """`port` may raise `NodeUnavailable`; `out_after_s` is how long a node may be down before
-        its slots are placed anew."""
+        """`port` may raise `NodeUnavailable`; `settings` are repair's; `sightings`: what gateways
+        say now of nodes in trouble."""
         self._db = db
         self._port = port
         self._clock = clock
-        self._out_after_s = out_after_s
+        self._settings = settings
+        self._sightings = sightings
 
     async def block(self, block: BlockHash, owners: Sequence[int]) -> dict[str, Any]:
         """A block, with a live check of each slot.  `owners`: accounts whose claims to look for."""
@@ -177,7 +182,8 @@ class Explainer:
         facts = await self._db.read(work)
         if facts is None:
             raise NodeNotFound(f"{node_id} is not a node of this cell", {"node": str(node_id)})
-        view, times = facts.view, self._times()
+        live, word = await self._summary(node_id)
+        view, times = facts.view, self._times({node_id: word})
         worst = min((risk.scheme.m - risk.lost for risk in facts.at_risk), default=None)
         summary = f"{view.state} since {times.since(view.state_since)}, {facts.slots} slots"
         if worst is not None:
@@ -188,7 +194,16 @@ class Explainer:
             "summary": summary,
             "next": next_of_node(facts, times),
             "node": node_json(view),
-            "live": await self._summary(node_id),
+            "live": live,
+            "sightings": [
+                {
+                    "gateway": row.gateway,
+                    "reachable": row.reachable,
+                    "reason": row.reason,
+                    "since": row.since,
+                }
+                for row in self._sightings().get(node_id, ())
+            ],
             "slots": {"all": facts.slots, "sealed": facts.sealed_slots},
             "at_risk": [
                 {
@@ -267,12 +282,12 @@ class Explainer:
         answers = await asyncio.gather(*(ask(slot, node_id) for slot, node_id in held.items()))
         return dict(zip(held, answers, strict=True))
 
-    async def _summary(self, node_id: NodeId) -> dict[str, Any]:
+    async def _summary(self, node_id: NodeId) -> tuple[dict[str, Any], NodeWord]:
         try:
             summary = await self._port(node_id).summary(VERIFY_DEADLINE_S)
         except HaversackError as error:
-            return {"answers": False, "error": error.message}
-        return {
+            return {"answers": False, "error": error.message}, NodeWord.SILENT
+        said = {
             "answers": True,
             "state": summary.state,
             "detail": summary.detail,
@@ -283,10 +298,15 @@ class Explainer:
             "disk_free_bytes": summary.disk_free_bytes,
             "pid": summary.pid,
             "counters": summary.counters,
+            "fault": summary.fault,
         }
+        return said, word_of(summary.state, summary.fault)
 
-    def _times(self) -> Times:
-        return Times(self._clock.wall(), self._out_after_s)
+    def _times(self, words: Mapping[NodeId, NodeWord] | None = None) -> Times:
+        reached = {
+            node for node, rows in self._sightings().items() if any(row.reachable for row in rows)
+        }
+        return Times(self._clock.wall(), self._settings, frozenset(reached), words or {})
 
 
 def _around(facts: BlockFacts, volume: VolumeFacts) -> list[Event]:

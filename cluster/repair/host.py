@@ -22,7 +22,7 @@ from cluster.change.transcode import TranscodeParts
 from cluster.members import upkeep_of, write_controller_plan
 from cluster.placement_host import socket_ports
 from cluster.repair.service import RepairService
-from cluster.repair.settings import RepairSettings
+from cluster.repair.settings import repair_settings
 from cluster.verify.host import run_with_verifier, verifier_settings
 from erasure.codec import Codec
 from erasure.keyring import read_keyring
@@ -174,15 +174,3 @@ def first_error(group: BaseExceptionGroup[HaversackError]) -> HaversackError:
         error = error.exceptions[0]
     assert isinstance(error, HaversackError)
     return error
-
-
-def repair_settings(settings: Settings) -> RepairSettings:
-    """What an operator may set of repair's times and amounts."""
-    return RepairSettings(
-        out_after_s=settings.node_out_after_s,
-        refusing_out_after_s=settings.node_refusing_out_after_s,
-        bytes_per_s_max=float(settings.repair_bytes_per_s_max),
-        bytes_per_s_min=float(settings.repair_bytes_per_s_min),
-        live_latency_s=settings.repair_live_latency_s,
-        headroom_share=settings.repair_headroom_share,
-    )

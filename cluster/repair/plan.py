@@ -33,6 +33,7 @@ from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
 from erasure.scheme import Scheme
 from protocol.ids import NodeId, VolumeId
+from storage_node.service_state import Fault, ServiceState
 
 _NEVER: Final = float("inf")
 
@@ -48,6 +49,18 @@ class NodeWord(enum.Enum):
     """It answers and does not serve: its directory is empty, missing or another's."""
     SERVES = "serves"
     """It answers and serves: placement will bring it up, or its link to placement is cut."""
+
+
+def word_of(state: str, fault: str) -> NodeWord:
+    """What a node's answer means.  A bad disk does not come back; a directory may."""
+    if fault == Fault.DISK:
+        return NodeWord.SILENT
+    return NodeWord.SERVES if state == ServiceState.SERVING else NodeWord.REFUSES
+
+
+def patience_s(settings: RepairSettings, word: NodeWord) -> float:
+    """How long a node may be down before its slots are placed anew."""
+    return settings.refusing_out_after_s if word is NodeWord.REFUSES else settings.out_after_s
 
 
 def is_out(
@@ -67,8 +80,7 @@ def is_out(
         return True
     if is_read or word is NodeWord.SERVES:
         return False
-    patience_s = settings.refusing_out_after_s if word is NodeWord.REFUSES else settings.out_after_s
-    return now - node.state_since >= patience_s
+    return now - node.state_since >= patience_s(settings, word)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,13 @@ from cluster.repair.plan import (
     RepairView,
     is_out,
     plan_repair,
+    word_of,
 )
 from cluster.repair.remake import Remaker
 from cluster.repair.settings import RepairSettings
 from cluster.repair.throttle import LiveWatch, Throttle
 from cluster.repair.volume_run import RunTools
+from cluster.sightings import SightingBook, read_sightings
 from cluster.topology import NodeState, NodeView
 from cluster.volume_map import VolumeMap
 from erasure.codec import Codec
@@ -54,7 +56,6 @@ from protocol.errors import HaversackError, NotLeader, RetryLater, UnknownOutcom
 from protocol.ids import NodeId, VolumeId
 from sql.database import Database
 from storage_node.interface import NodePort
-from storage_node.service_state import Fault, ServiceState
 
 T = TypeVar("T")
 
@@ -152,6 +153,7 @@ class RepairService:
         self._wake = asyncio.Event()
         self._stopped = False
         self._reported_at = float("-inf")
+        self._sightings = SightingBook()
 
     # -- the role ----------------------------------------------------------------------------------
 
@@ -290,11 +292,15 @@ class RepairService:
             for node in self._map.nodes()
             if node.state in (NodeState.DOWN, NodeState.GONE) and is_out(node, now, self._settings)
         ]
+        if not due:
+            return frozenset()
         words = await asyncio.gather(*(self._word(node) for node in due))
+        self._sightings.update(await self._db.read(read_sightings), self._clock.monotonic())
+        reached = self._sightings.reached(self._clock.monotonic())
         return frozenset(
             node.node_id
             for node, word in zip(due, words, strict=True)
-            if is_out(node, now, self._settings, word)
+            if is_out(node, now, self._settings, word, is_read=node.node_id in reached)
         )
 
     async def _word(self, node: NodeView) -> NodeWord:
@@ -305,10 +311,7 @@ class RepairService:
             reply = await self._pool.port(node.node_id).summary(_WORD_S)
         except HaversackError:
             return NodeWord.SILENT
-        if reply.state == ServiceState.SERVING:
-            return NodeWord.SERVES
-        # A bad disk does not come back; a directory may.
-        return NodeWord.SILENT if reply.fault == Fault.DISK else NodeWord.REFUSES
+        return word_of(reply.state, reply.fault)
 
     def _take_results(self, results: list[VolumeResult]) -> bool:
         """Remember who was unfit and what must wait; True if anything moved."""

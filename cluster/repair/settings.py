@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.verify.settings import VerifierSettings
+from protocol.config import Settings
 from protocol.limits import GIB, MIB
 
 
@@ -79,3 +80,15 @@ class RepairSettings:
         assert 0 < self.out_after_s <= self.refusing_out_after_s
         assert 0 < self.bytes_per_s_min <= self.bytes_per_s_max
         assert self.volumes_per_pass <= self.volumes_seen_max
+
+
+def repair_settings(settings: Settings) -> RepairSettings:
+    """What an operator may set of repair's times and amounts."""
+    return RepairSettings(
+        out_after_s=settings.node_out_after_s,
+        refusing_out_after_s=settings.node_refusing_out_after_s,
+        bytes_per_s_max=float(settings.repair_bytes_per_s_max),
+        bytes_per_s_min=float(settings.repair_bytes_per_s_min),
+        live_latency_s=settings.repair_live_latency_s,
+        headroom_share=settings.repair_headroom_share,
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from cli.up import UpOptions, _environment
 from cluster.placement_host import placement_settings
-from cluster.repair.host import repair_settings
+from cluster.repair.settings import repair_settings
 from protocol.config import load
 
 FILE = """

@@ -96,6 +96,19 @@ def _create_verification() -> None:
 
 def _create_operations() -> None:
     op.create_table(
+        "sightings",
+        sa.Column("gateway", sa.String, primary_key=True),
+        sa.Column("node_id", sa.String, primary_key=True),
+        sa.Column("incarnation", sa.BigInteger, nullable=False),
+        sa.Column("reachable", sa.Boolean, nullable=False),
+        sa.Column("reason", sa.String, nullable=False),
+        sa.Column("reached", sa.Integer, nullable=False),
+        sa.Column("missed", sa.Integer, nullable=False),
+        sa.Column("since", sa.Float, nullable=False),
+        sa.Column("written", sa.Float, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "jobs",
         sa.Column("job_id", sa.Integer, primary_key=True),
         sa.Column("kind", sa.String, nullable=False),
