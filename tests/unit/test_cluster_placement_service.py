@@ -33,6 +33,13 @@ from cluster.cell import add_nodes
 from cluster.events import read_events
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
+from cluster.sightings import (
+    FORGOTTEN_S,
+    FRESH_S,
+    Sighting,
+    read_sightings,
+    replace_sightings,
+)
 from cluster.topology import NodeState, NodeView, VolumeView
 from protocol.errors import (
     ConfigInvalid,
@@ -420,6 +427,69 @@ def test_a_node_that_refuses_its_directory_is_down_at_once(play: Callable[..., N
         assert cell.rows.node(3).detail == "refusing: the directory is gone"
 
     play(main)
+
+
+def test_a_nodes_state_follows_from_what_placement_and_gateways_hear(
+    play: Callable[..., None],
+) -> None:
+    """All combinations, each on a node of its own."""
+    # What gateways say: (name, reachable, reached, missed).
+    heard = ("one", False, 9, 3)
+    words: dict[str, list[tuple[str, bool, int, int]]] = {
+        "nothing": [],
+        "one cannot": [heard],
+        "two cannot": [heard, ("two", False, 9, 3)],
+        "one can, one cannot": [heard, ("two", True, 9, 3)],
+        "one can": [("one", True, 9, 3)],
+        "cut off": [("one", False, 0, 12)],
+        "a minority cannot": [("one", False, 2, 9)],
+        "two minorities cannot": [("one", False, 2, 9), ("two", False, 2, 9)],
+    }
+    unusable = {"one cannot", "two cannot", "two minorities cannot"}
+    cases = [(answers, word) for answers in (True, False) for word in words]
+
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_all()
+        await cell.service.step()
+        assert cell.states() == [UP] * len(cases)
+        for number, (answers, _) in enumerate(cases, 1):
+            cell.node(number).alive = answers
+
+        def say(connection: Connection) -> None:
+            rows: dict[str, list[Sighting]] = {}
+            for number, (_, word) in enumerate(cases, 1):
+                for name, reachable, reached, missed in words[word]:
+                    node, now = NodeId.numbered(number), cell.clock.wall()
+                    row = Sighting(name, node, 1, reachable, "cut", reached, missed, now, now)
+                    rows.setdefault(name, []).append(row)
+            for name, found in rows.items():
+                replace_sightings(connection, name, found)
+
+        seen: list[list[NodeState]] = []
+        for _ in range(int(SETTINGS.start_grace_s) + 10):
+            cell.db.transact(say)
+            await cell.service.step()
+            seen.append(cell.states())
+            await asyncio.sleep(1)
+        for (answers, word), states in zip(cases, zip(*seen, strict=True), strict=True):
+            good = answers and word not in unusable
+            assert states[-1] is (UP if good else DOWN), (answers, word)
+            assert (SUSPECT in states) is not good, "nobody is down at once"
+        details = {case: view.detail for case, view in zip(cases, cell.rows.nodes(), strict=True)}
+        assert details[True, "one cannot"] == (
+            "it answers the placement service, but one cannot reach it: cut"
+        )
+        assert details[False, "one cannot"] == "connection refused"
+        # Gateways fall silent: what they said does not last, whatever time it is to them.
+        await asyncio.sleep(FRESH_S)
+        await cell.service.step()
+        assert cell.states() == [UP if answers else DOWN for answers, _ in cases]
+        await asyncio.sleep(FORGOTTEN_S)
+        await cell.service.step()
+        assert cell.db.read_now(read_sightings) == []
+
+    play(main, nodes=len(cases))
 
 
 def test_a_bad_disk_is_noted_in_the_row_until_the_node_serves_without_that_fault(

@@ -18,6 +18,7 @@ from repair_cell import (
     volumes_of,
 )
 from sqlalchemy import Connection
+from verifying import Verifying
 
 from cluster.block_sql import Debt
 from cluster.debts import DebtReason
@@ -453,6 +454,53 @@ def test_a_living_nodes_slot_is_copied_not_decoded() -> None:
         assert sum(fragments for fragments, _ in seen) == volume.blocks
         assert volumes_of(cell, [row])[row.volume].slots[4] == target
         assert_whole(cell)
+        await finish(cell, service)
+
+    simulate(main, nodes=11)
+
+
+def test_a_node_that_comes_back_is_not_read_and_its_fragments_are_strays_until_used_again() -> None:
+    async def main(cell: BlockCell) -> None:
+        data = await fill(cell)
+        victim = busiest(cell, data)
+        row = next(
+            row for row in cell.all_rows() if victim in volumes_of(cell, [row])[row.volume].slots
+        )
+        slot = volumes_of(cell, [row])[row.volume].slots.index(victim)
+        lose(cell, victim)
+        service = await started(cell)
+        await repair_until_idle(cell, service)
+        assert_whole(cell)
+        cell.heal()
+        await cell.start_node(victim)
+        cell.set_state(victim, NodeState.UP)
+        await cell.map.refresh()
+        kept = {key for key, _ in cell.stores[victim].inventory(None, 10_000)[0]}
+        assert kept, "nothing is removed by the return itself"
+        cell.calls.clear()
+        for item in data:
+            assert await cell.get(item) == item
+        assert f"get {victim}" not in cell.calls
+        verifying = Verifying(cell)
+        await verifying.whole_pass()
+        found = {stray.key for stray in verifying.strays() if stray.node == victim}
+        assert found == kept
+        # A move that comes back to it finds its fragments and writes none of them again.
+        cell.calls.clear()
+        now = volumes_of(cell, [row])[row.volume]
+        move = SlotMove(row.volume, slot, now.slots[slot], victim, "rebalance")
+        await finish(cell, service)
+        service = await started(cell)  # the verifier has the role
+        result = await service.executor.repair(row.volume, [move], ())
+        assert result.state is RunState.DONE
+        assert result.made_fragments == 0
+        assert f"put {victim}" not in cell.calls
+        assert volumes_of(cell, [row])[row.volume].slots[slot] == victim
+        assert_whole(cell)
+        verifying = Verifying(cell)
+        await verifying.whole_pass()
+        left = {stray.key for stray in verifying.strays() if stray.node == victim}
+        assert left == {key for key in kept if (key.volume, key.slot) != (row.volume, slot)}
         await finish(cell, service)
 
     simulate(main, nodes=11)
