@@ -91,6 +91,8 @@ def list_jobs(
         if json:
             print_json(found)
             return Exit.OK
+        if not found:
+            print("no jobs")
         for job in found:
             done = f"{job['done_units']}/{job['total_units']}"
             line = f"{job['id']:>5}  {job['state']:<9}  {job['kind']:<12}  {job['subject']:<20}  "

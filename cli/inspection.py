@@ -178,7 +178,15 @@ def _print_redundancy(console: Console, state: dict[str, Any]) -> None:
     if redundancy.get("unrepairable"):
         line("given up", figures.plural(redundancy["unrepairable"], "block"))
     for found in state.get("passes", []):
-        line(_text(found["kind"]), _pass(found))
+        match found["kind"], found["subject"]:
+            case "canary", _:
+                pass  # an alarm tells when one is not noticed
+            case "verify", "finished":
+                line("verified", _verified(found))
+            case "verify", _ if found["ended"] is not None:
+                pass  # it is the finished one
+            case _:
+                line(_text(found["kind"]), _pass(found))
     for job in state.get("jobs", []):
         line("job", f"{job['id']}: {_text(job['kind'])} of {_text(job['subject'])}, {_job(job)}")
     for alarm in state.get("alarms", []):
@@ -199,6 +207,14 @@ def _pass(found: dict[str, Any]) -> str:
     if body.get("eta_s"):
         said += f", about {figures.lasting(body['eta_s'])} to go"
     return said
+
+
+def _verified(found: dict[str, Any]) -> str:
+    """`2026-11-21 10:00, every fragment read: 2 missing`."""
+    counts = {name: entry["count"] for name, entry in found["body"]["differences"].items()}
+    told = ", ".join(f"{count:,} {_text(name)}" for name, count in counts.items() if count)
+    depth = "every fragment read" if found["body"]["deep"] else "inventories compared"
+    return f"{figures.moment(found['ended'])}, {depth}: {told or 'no difference'}"
 
 
 def _job(job: dict[str, Any]) -> str:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from client.api import HaversackClient
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_LOOKS = 20
-"""Looks at a verifier that has not begun before this is said."""
+_PATIENCE_LOOKS = 10
+"""Looks at a verifier that does nothing before this is said."""
 
-_STRAYS = ("misplaced", "stale copy", "orphan")
+_STRAYS = ("misplaced", "stale copy", "orphan", "too young to tell")
 """Classes that nothing is lost by: whoever scripts this need not be woken for them."""
 
 
@@ -39,7 +39,7 @@ class Wish(NamedTuple):
 
 
 class _Show(Protocol):
-    def __call__(self, state: dict[str, Any], begun: bool) -> None: ...
+    def __call__(self, text: str, done: int, total: int | None) -> None: ...
 
 
 def run(options: ServerOptions, wish: Wish, as_json: bool, quiet: bool) -> Exit:
@@ -70,44 +70,69 @@ def run(options: ServerOptions, wish: Wish, as_json: bool, quiet: bool) -> Exit:
 
 async def _wait(client: HaversackClient, number: int, what: str, show: _Show) -> dict[str, Any]:
     """The answer to a request."""
-    looks = 0
+    idle_looks = 0
     while True:
         state = await client.verification()
         answer = state[what or "finished"]
         if answer is not None and answer["request"] >= number and answer["ended"] is not None:
             return dict(answer)
         current = state["current"]
-        begun = current is not None and current["request"] >= number
-        looks += 1
-        if looks == _PATIENCE_LOOKS and not begun:
-            say("the verifier has not begun yet: it may be busy, or not running")
-        show(current or {}, begun)
+        working = current is not None and current["ended"] is None
+        idle_looks = 0 if working else idle_looks + 1
+        if idle_looks == _PATIENCE_LOOKS:
+            say(
+                "the verifier does not begin: it runs in the repair process, whose log is "
+                "logs/repair.log of the cell's directory"
+            )
+        if working:
+            show(_activity(current, number), current["blocks"], current["blocks_total"])
+        else:
+            show("waiting for the verifier to begin", 0, None)
         await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _activity(current: dict[str, Any], number: int) -> str:
+    """What a pass that has not ended is at, and whether it is the one that was asked for."""
+    match current["state"]:
+        case "settling":
+            doing = "waits whether fragments without a block are puts under way"
+        case _:
+            doing = "reads every fragment" if current["deep"] else "compares inventories"
+    if current["request"] >= number:
+        return doing
+    return f"pass {current['number']} is finished first: it {doing}"
 
 
 @contextmanager
 def _shown(quiet: bool) -> Iterator[_Show]:
-    """A bar on a terminal; otherwise nothing: a pass may take seconds or days."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda state, begun: None
+    """A bar on a terminal; otherwise a line when the activity changes: a pass may take days."""
+    if quiet:
+        yield lambda text, done, total: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verify: waiting", total=None)
+        task = progress.add_task("verify", total=None)
+        yield lambda text, done, total: progress.update(
+            task, description=f"verify: {text}", completed=done, total=total
+        )
 
-        def show(state: dict[str, Any], begun: bool) -> None:
-            if begun:
-                progress.update(
-                    task,
-                    description=f"verify: {state['state']}",
-                    completed=state["blocks"],
-                    total=state["blocks_total"],
-                )
 
-        yield show
+def _lines() -> _Show:
+    said = ""
+
+    def show(text: str, done: int, total: int | None) -> None:
+        nonlocal said
+        if text != said:
+            said = text
+            say(f"verify: {text}")
+
+    return show
 
 
 def _is_damaged(answer: dict[str, Any]) -> bool:

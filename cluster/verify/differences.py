@@ -39,10 +39,13 @@ class Difference(enum.StrEnum):
     """On a node that does not hold the slot any more; the holder has it."""
     ORPHAN = "orphan"
     """The index has no such block in that volume, or the volume no such slot."""
+    YOUNG = "too young to tell"
+    """As an orphan, but a put that is under way may still write its row.  Never stored as a
+    stray's class."""
 
 
-STRAYS: Final = (Difference.MISPLACED, Difference.STALE, Difference.ORPHAN)
-"""Fragments in no row's slot: they are kept in the table of strays."""
+STRAYS: Final = (Difference.MISPLACED, Difference.STALE, Difference.ORPHAN, Difference.YOUNG)
+"""Fragments in no row's slot: they are kept in the table of strays, and counted last."""
 
 DEBT_REASONS: Final = {
     Difference.MISSING: DebtReason.MISSING,

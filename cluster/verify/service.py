@@ -9,7 +9,8 @@ gateways show it without asking this process.
                                  +---+ next section
 
 A fragment without a row may be a put that is under way.  So strays are counted last, once the
-youngest has had `settle_s` to get its row, against rows that are read anew.
+youngest of those has had `settle_s` to get its row, against rows that are read anew.  While
+somebody waits for a pass, `asked_settle_s` must do: what is younger is then counted as that.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ class VerifierService:
             await self._remove_strays(wish)
             return True
         if row is not None and row.ended is None:
-            return await self._go_on(_Pass.of_row(row, self._settings.examples_max))
+            current = _Pass.of_row(row, self._settings.examples_max)
+            return await self._go_on(current, is_awaited=wish is not None)
         if wish is not None or row is None or self._is_due(row):
             return await self._begin(row, wish)
         return False
@@ -218,9 +220,9 @@ class VerifierService:
             log.info("verifier pass begins", number=begun.number, deep=begun.deep)
         return begun is not None
 
-    async def _go_on(self, current: _Pass) -> bool:
+    async def _go_on(self, current: _Pass, *, is_awaited: bool) -> bool:
         if current.state is PassState.SETTLING:
-            return await self._settle(current)
+            return await self._settle(current, is_awaited=is_awaited)
         part = await next_range(self._lead.db, current.position, self._settings.section_blocks_max)
         section = SectionPass(
             self._lead, self._clock, self._ports, self._settings, current.tally, current.number
@@ -231,14 +233,18 @@ class VerifierService:
         )
         return True
 
-    async def _settle(self, current: _Pass) -> bool:
-        """Count the strays of this pass, once all of them can be told from puts under way."""
+    async def _settle(self, current: _Pass, *, is_awaited: bool) -> bool:
+        """Count the strays of this pass, once all of them can be told from puts under way, or
+        somebody has waited long enough."""
+        settings = self._settings
+        patience_s = settings.asked_settle_s if is_awaited else settings.settle_s
         young = await self._lead.db.read(
             partial(
                 page_strays,
                 after=None,
                 limit=1,
-                first_seen=(self._clock.wall() - self._settings.settle_s, float("inf")),
+                first_seen=(self._clock.wall() - patience_s, float("inf")),
+                kind=Difference.ORPHAN,
             )
         )
         if young:
@@ -262,6 +268,7 @@ class VerifierService:
 
     async def _count_strays(self, rows: list[StrayRow], tally: Tally) -> None:
         truth = await self._lead.db.read(partial(read_truth, keys=[row.key for row in rows]))
+        settled = self._clock.wall() - self._settings.settle_s
         gone = []
         for row in rows:
             key = row.key
@@ -271,9 +278,12 @@ class VerifierService:
                 gone.append(row.place)
                 continue
             kind = row.kind
-            if kind is Difference.ORPHAN and truth.holder(key) is not None:
-                gone.append(row.place)  # its row came: the next pass tells where it belongs
-                continue
+            if kind is Difference.ORPHAN:
+                if truth.holder(key) is not None:
+                    gone.append(row.place)  # its row came: the next pass tells where it belongs
+                    continue
+                if row.first_seen > settled:
+                    kind = Difference.YOUNG
             tally.add(kind, key.volume, key.block, key.slot, row.node)
         if gone:
             await self._lead.write(lambda connection: forget_strays(connection, gone))

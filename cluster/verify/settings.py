@@ -25,6 +25,10 @@ class VerifierSettings:
     """A fragment without a row is not called a stray before: twice as long as a put may take
     from its first fragment to its row."""
 
+    asked_settle_s: float = 5.0
+    """The same when a person waits for the end.  Nearly every put has its row by then; what has
+    none and is younger than `settle_s` is reported as too young to tell, not as an orphan."""
+
     section_blocks_max: int = 500_000
     """Rows of the block index in memory at a time: some 50 MB.  A pass reads the index once for
     each so many blocks."""
@@ -73,6 +77,6 @@ class VerifierSettings:
     deadline and the longest lease of a node that was stopped."""
 
     def __post_init__(self) -> None:
-        assert 0 < self.settle_s < self.grace_s
+        assert 0 < self.asked_settle_s <= self.settle_s < self.grace_s
         assert self.section_blocks_max >= 1
         assert self.call_attempts >= 1

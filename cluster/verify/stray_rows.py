@@ -119,9 +119,13 @@ def page_strays(
     after: tuple[NodeId, FragmentKey] | None,
     limit: int,
     first_seen: tuple[float, float] = (float("-inf"), float("inf")),
+    kind: Difference | None = None,
 ) -> list[StrayRow]:
-    """Rows in key order after one of them, first seen from one instant up to another."""
+    """Rows in key order after one of them, first seen from one instant up to another; of one
+    class if it is named."""
     query = select(stray).order_by(*_KEY).limit(limit)
+    if kind is not None:
+        query = query.where(stray.c.kind == kind.value)
     oldest, newest = first_seen
     if oldest != float("-inf"):
         query = query.where(stray.c.first_seen > oldest)

@@ -25,7 +25,9 @@ from sql.engine import sqlite_url
 from storage_node.interface import FragmentKey, NodePort
 from storage_node.port_client import SocketPort
 
-SETTINGS = VerifierSettings(settle_s=0.2, grace_s=0.4, poll_s=0.05, inventory_page_keys=7)
+SETTINGS = VerifierSettings(
+    settle_s=0.2, asked_settle_s=0.2, grace_s=0.4, poll_s=0.05, inventory_page_keys=7
+)
 
 
 @contextmanager

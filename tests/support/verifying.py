@@ -21,8 +21,13 @@ from protocol.hashing import hash_block
 from protocol.ids import BlockHash, NodeId, VolumeId
 from storage_node.interface import FragmentKey
 
-SETTINGS = VerifierSettings(section_blocks_max=4, index_page_rows=3, inventory_page_keys=5)
-"""So small that everything is in pages and sections."""
+SETTINGS = VerifierSettings(
+    asked_settle_s=VerifierSettings().settle_s,
+    section_blocks_max=4,
+    index_page_rows=3,
+    inventory_page_keys=5,
+)
+"""So small that everything is in pages and sections; nobody is in a hurry."""
 
 
 class Verifying:

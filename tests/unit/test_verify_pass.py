@@ -234,6 +234,42 @@ def test_a_put_under_way_is_no_orphan_and_a_block_that_is_recorded_later_is_none
     on_full_cell(main)
 
 
+def test_who_waits_for_a_pass_is_told_what_is_too_young_to_be_called_an_orphan() -> None:
+    async def main(cell: BlockCell, verifying: Verifying) -> None:
+        hurried = Verifying(cell, VerifierSettings())
+        data = data_of(78)
+        await cell.put(data)
+        row = await cell.row_of(data)
+        assert row is not None
+        cell.take_row(row.hash)
+        began = cell.clock.wall()
+        assert counts(await hurried.whole_pass()) == {"too young to tell": 9}
+        assert cell.clock.wall() - began < 15
+        await cell.clock.sleep(VerifierSettings().settle_s)
+        assert counts(await hurried.whole_pass()) == {"orphan": 9}
+
+    on_full_cell(main)
+
+
+def test_a_request_ends_the_waiting_of_the_pass_that_is_under_way() -> None:
+    async def main(cell: BlockCell, verifying: Verifying) -> None:
+        hurried = Verifying(cell, VerifierSettings())
+        data = data_of(79)
+        await cell.put(data)
+        row = await cell.row_of(data)
+        assert row is not None
+        cell.take_row(row.hash)
+        while await hurried.service.step():
+            pass
+        assert hurried.report()["current"]["state"] == "settling", "the pass that was due"
+        began = cell.clock.wall()
+        report = await hurried.whole_pass()
+        assert (report["number"], report["request"]) == (2, 1)
+        assert cell.clock.wall() - began < 15
+
+    on_full_cell(main)
+
+
 def test_what_changes_between_the_index_and_the_nodes_is_no_difference() -> None:
     """Puts, deletes and moves at every call that reaches a node."""
 
