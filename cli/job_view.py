@@ -160,7 +160,10 @@ def _lines(title: str) -> Callable[[dict[str, Any]], None]:
         nonlocal last
         if time.monotonic() - last >= _LINE_EVERY_S:
             last = time.monotonic()
-            say(f"{title}: {_how_far(job)}" + (f"; {job['detail']}" if job["detail"] else ""))
+            said = f"{title}: {_how_far(job)}" + (f"; {job['detail']}" if job["detail"] else "")
+            for blocker in job["blockers"][:1]:
+                said += f" ({blocker['volume']}: {blocker['reason']})"
+            say(said)
 
     return show
 

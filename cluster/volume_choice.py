@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.block_client_settings import BlockClientSettings
 from cluster.block_index import Receipt
@@ -43,6 +43,10 @@ class Avoided(NamedTuple):
 
 
 Avoid = Mapping[NodeId, Avoided]
+
+
+REASONS_MAX: Final = 2
+"""Nodes whose answers are in the message; the details have all of them."""
 
 
 class VolumeChooser:
@@ -93,13 +97,13 @@ class VolumeChooser:
             if healthy < scheme.write_minimum:
                 raise NotEnoughNodes(
                     f"{healthy} storage nodes take writes; {scheme} needs at least "
-                    f"{scheme.write_minimum} of {scheme.n} to acknowledge a block",
+                    f"{scheme.write_minimum} of {scheme.n} to acknowledge a block{_why(avoid)}",
                     self.details(scheme, avoid),
                 )
             if self._clock.monotonic() >= give_up_at:
                 raise NotEnoughNodes(
                     f"no open {scheme} volume avoids the nodes that fail now, and the placement "
-                    "service has opened none in time: retry later",
+                    f"service has opened none in time: retry later{_why(avoid)}",
                     self.details(scheme, avoid),
                 )
             await self._clock.sleep(self._settings.placement_poll_s)
@@ -167,3 +171,10 @@ class VolumeChooser:
             receipts.append(Receipt(slot, node_id, self._map.node(node_id).incarnation))
         missing = tuple(slot for slot in range(volume.scheme.n) if slot not in slots)
         return Choice(volume, tuple(receipts), missing)
+
+
+def _why(avoid: Avoid) -> str:
+    """The end of a refusal: what nodes said to this put, the first few of them."""
+    said = [f"{node_id}: {avoided.why}" for node_id, avoided in sorted(avoid.items())]
+    more = f"; and {len(said) - REASONS_MAX} more" if len(said) > REASONS_MAX else ""
+    return f" ({'; '.join(said[:REASONS_MAX])}{more})" if said else ""

@@ -162,5 +162,7 @@ def _of_node(view: NodeView, times: Times) -> str:
         return f"{said}: a gateway reaches it, so its slots stay where they are"
     if word is NodeWord.SERVES:
         return f"{said}: it answers and serves, so its slots stay where they are"
+    if word is NodeWord.REFUSES:
+        said += ": put its directory right"
     left_s = patience_s(times.settings, word) - (times.now - view.state_since)
     return f"{said}: its slots are placed anew in {duration(left_s)} unless it comes back"
