@@ -187,8 +187,8 @@ async def test_records_are_verified_where_they_are_however_many(client: SocketPo
 async def test_a_verify_that_takes_several_answers_is_asked_for_again(
     client: SocketPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage_node.node.VERIFY_BYTES_MAX", 1)
-    monkeypatch.setattr("storage_node.node._VERIFY_KEYS", 2)
+    monkeypatch.setattr("storage_node.examine.VERIFY_BYTES_MAX", 1)
+    monkeypatch.setattr("storage_node.examine._VERIFY_KEYS", 2)
     records = [fragment_record(number) for number in range(7)]
     await client.put(1, [[record] for _, record in records], DEADLINE_S)
     found = await client.verify([key for key, _ in records], DEADLINE_S)

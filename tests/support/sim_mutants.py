@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -33,7 +34,7 @@ from protocol.errors import (
 )
 from protocol.hashing import Buffer
 from protocol.ids import BlockHash, NodeId
-from protocol.messages import ItemStatus, PutPurpose, SummaryReply
+from protocol.messages import ItemStatus, LeaseReply, PutPurpose, SummaryReply
 from storage_node.interface import FragmentKey, PutOutcome, StoredRecord
 from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
@@ -114,9 +115,8 @@ class IgnoresIncarnation(StorageNode):
 class IgnoresLease(StorageNode):
     """Once leased, leased for ever."""
 
-    @property
-    def has_lease(self) -> bool:
-        return self._lease_until > 0
+    async def lease(self, incarnation: int, lease_s: float) -> LeaseReply:
+        return await super().lease(incarnation, math.inf)
 
 
 class DividesByZero(StorageNode):
