@@ -20,7 +20,7 @@ from node_parts import fragment_key, noise, rocks
 
 from protocol.errors import HaversackError
 from protocol.limits import KIB, MIB
-from storage_node import merge
+from storage_node import merge_plan
 from storage_node.rocks_store import RocksStore
 
 EXT4_IOC_SHUTDOWN = 0x8004587D
@@ -97,7 +97,7 @@ def write_until_dark(disk: Disk, store: RocksStore, first: int, cut_after: int) 
 def test_nothing_acknowledged_is_lost_in_power_cuts(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "RUN_FILES_MIN", 3)
+    monkeypatch.setattr(merge_plan, "RUN_FILES_MIN", 3)
     directory = disk.mount / "node"
     acknowledged: set[int] = set()
     sizes: dict[int, int] = {}
