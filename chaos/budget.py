@@ -21,14 +21,14 @@ class FaultAtlas:
     """Fragments that faults destroyed where they lay, and disks that will not come back."""
 
     def __init__(self) -> None:
-        self._destroyed: dict[tuple[NodeId, FragmentKey], str] = {}
+        self._destroyed: dict[tuple[NodeId, FragmentKey], float] = {}
         self._ever: dict[FragmentKey, None] = {}
         self._lost_disks: dict[NodeId, float] = {}
 
-    def destroy(self, node: NodeId, keys: Iterable[FragmentKey], why: str) -> None:
+    def destroy(self, node: NodeId, keys: Iterable[FragmentKey], now: float) -> None:
         """These were durable on the disk of `node`, and a fault took or damaged them."""
         for key in keys:
-            self._destroyed.setdefault((node, key), why)
+            self._destroyed.setdefault((node, key), now)
             self._ever[key] = None
 
     def restore(self, node: NodeId, keys: Iterable[FragmentKey]) -> None:
@@ -39,11 +39,15 @@ class FaultAtlas:
     def lose_disk(self, node: NodeId, keys: Iterable[FragmentKey], now: float) -> None:
         """A disk is gone with all it held."""
         self._lost_disks[node] = now
-        self.destroy(node, keys, f"disk of {node} lost")
+        self.destroy(node, keys, now)
 
     def is_destroyed(self, node: NodeId, key: FragmentKey) -> bool:
         """Whether a fault is to blame if this fragment cannot be read from there."""
         return (node, key) in self._destroyed
+
+    def destroyed_at(self, node: NodeId, key: FragmentKey) -> float | None:
+        """When a fault took this fragment there; None if none did."""
+        return self._destroyed.get((node, key))
 
     def was_destroyed(self, key: FragmentKey) -> bool:
         """Whether a fault ever took this fragment, wherever it lay."""

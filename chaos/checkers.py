@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chaos.evidence import (
@@ -24,7 +24,7 @@ from chaos.evidence import (
 )
 from chaos.ledger import Kind, Ledger, Operation, Outcome
 from protocol.hashing import Buffer
-from protocol.ids import BlockHash, NodeId
+from protocol.ids import BlockHash, NodeId, VolumeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,10 @@ def acknowledged_block_is_whole(
     if stripe.plain_bytes != length:
         message = f"the index says {stripe.plain_bytes} bytes; {length} were acknowledged"
         found.append(Violation(name, str(block), message))
-    unwritten = stripe.debts - stripe.destroyed
+    # A debt of a fragment that is there says that a disk could not read it for a while.
+    states = enumerate(stripe.slots)
+    there = {slot for slot, state in states if state is SlotState.INTACT}
+    unwritten = stripe.debts - stripe.destroyed - there
     if stripe.scheme.n - len(unwritten) < stripe.scheme.write_minimum:
         message = f"debts {sorted(unwritten)} leave fewer slots than an acknowledgement needs"
         found.append(Violation(name, str(block), message))
@@ -102,6 +105,82 @@ def repair_keeps_fragments(before: Stripe, after: Stripe, moved: int) -> list[Vi
     return found
 
 
+def published_in_the_life_that_verified(
+    target: NodeId, verified: int, registered: int
+) -> list[Violation]:
+    """A slot is published on the word of the life of its node that is registered at that instant:
+    one that began since may stand over another disk."""
+    if verified == registered:
+        return []
+    message = f"a slot was verified by incarnation {verified} and published under {registered}"
+    return [Violation("published_in_the_life_that_verified", str(target), message)]
+
+
+def transcoded_block_is_whole(after: Stripe) -> list[Violation]:
+    """A block changes its volume with every fragment of the new one on its disk."""
+    wrong = {
+        slot: state.value
+        for slot, state in enumerate(after.slots)
+        if state is not SlotState.INTACT and slot not in after.destroyed
+    }
+    if not wrong:
+        return []
+    message = f"moved to {after.volume} ({after.scheme}) while slots {wrong} are not there"
+    return [Violation("transcoded_block_is_whole", str(after.block), message)]
+
+
+def removal_keeps_fragments(
+    stripe: Stripe, slot: int, node: NodeId, just_taken: bool
+) -> list[Violation]:
+    """A fragment is deleted only where its slot does not lie, and while the slot's own is there;
+    `just_taken`: a fault took that after anybody could have looked."""
+    name = "removal_keeps_fragments"
+    holder = stripe.nodes[slot] if slot < stripe.scheme.n else None
+    if slot < stripe.scheme.n and holder == node:
+        message = f"slot {slot} of {stripe.volume} was deleted on {node}, whose slot it is"
+        return [Violation(name, str(stripe.block), message)]
+    if slot >= stripe.scheme.n or slot in stripe.intact or just_taken:
+        return []
+    message = (
+        f"a copy of slot {slot} of {stripe.volume} was deleted on {node} while {holder}, whose "
+        f"slot it is, holds none: {stripe.slots[slot].value}"
+    )
+    return [Violation(name, str(stripe.block), message)]
+
+
+def slots_are_on_distinct_nodes(
+    volumes: Mapping[VolumeId, Sequence[NodeId | None]],
+) -> list[Violation]:
+    """No two slots of one volume lie on one node."""
+    found = []
+    for volume, nodes in volumes.items():
+        counts = Counter(node for node in nodes if node is not None)
+        twice = sorted(node for node, count in counts.items() if count > 1)
+        if twice:
+            message = f"more than one slot on {', '.join(twice)}"
+            found.append(Violation("slots_are_on_distinct_nodes", str(volume), message))
+    return found
+
+
+def emptied_nodes_hold_nothing(
+    nodes: Iterable[NodeId], held: Iterable[tuple[NodeId, VolumeId]]
+) -> list[Violation]:
+    """No slot lies on, and none is being made on, a node that is called drained or gone."""
+    empty = set(nodes)
+    return [
+        Violation("emptied_nodes_hold_nothing", str(node), f"a slot of {volume} is there")
+        for node, volume in held
+        if node in empty
+    ]
+
+
+def dry_run_changes_nothing(what: str, before: int, after: int) -> list[Violation]:
+    """`before` and `after` differ if anything was committed in between."""
+    if before == after:
+        return []
+    return [Violation("dry_run_changes_nothing", what, "something was written")]
+
+
 def healed_block_is_whole(
     stripe: Stripe, lost_nodes: frozenset[NodeId], healthy_nodes: frozenset[NodeId]
 ) -> list[Violation]:
@@ -120,6 +199,19 @@ def healed_block_is_whole(
     if away and has_room:
         message = f"slots {sorted(away)} of {stripe.volume} are on no disk that works"
         found.append(Violation(name, str(stripe.block), message))
+    return found
+
+
+def nothing_is_under_way(
+    moves: Iterable[VolumeId], unrepairable: Iterable[VolumeId], waiting: Collection[VolumeId]
+) -> list[Violation]:
+    """Progress, long after the last fault: no move is left unfinished and no block is still listed
+    as beyond repair, but in volumes that wait for fragments which faults took."""
+    name = "nothing_is_under_way"
+    left = sorted(set(moves) - set(waiting))
+    listed = sorted(set(unrepairable) - set(waiting))
+    found = [Violation(name, str(volume), "a move is left unfinished") for volume in left]
+    found += [Violation(name, str(volume), "still listed as beyond repair") for volume in listed]
     return found
 
 

@@ -8,19 +8,19 @@ SQLite files and clocks, and a restart is the ordinary start.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from chaos import checkers
+from sqlalchemy import Connection as SqlConnection
+
 from chaos.budget import FaultAtlas, Impairments
-from chaos.checkers import Violation, receipts_are_of_this_life
-from chaos.evidence import LeaseGranted, NodeEvent, WriteAcknowledged
 from chaos.sim.clock import VirtualClock
 from chaos.sim.database import SimDatabase, Watch, copy_databases
 from chaos.sim.disk import SimDisk
@@ -30,13 +30,13 @@ from chaos.sim.inspect import Inspector
 from chaos.sim.loop import SimLoop
 from chaos.sim.network import Answered, Connection, Network, NotSent, Unanswered
 from chaos.sim.node import SimNode
-from chaos.sim.operator import SimOperator
 from chaos.sim.options import Options
 from chaos.sim.port import SimPort
 from chaos.sim.process import SimProcess, current_process
 from chaos.sim.trace import Trace
+from chaos.sim.witness import Witness
+from cluster import map_rows
 from cluster.block_client_settings import BlockClientSettings
-from cluster.block_index import NewBlock, RecordOutcome
 from cluster.cell import NodeSpec, add_nodes, create_cell
 from cluster.change.runner import JobRunner
 from cluster.change.transcode import TranscodeParts
@@ -50,12 +50,11 @@ from cluster.verify.host import run_with_verifier
 from cluster.verify.pass_rows import request_pass, verification_of
 from cluster.verify.settings import VerifierSettings
 from erasure.codec import Codec
-from erasure.fragment import peek_key
 from erasure.keyring import Keyring
 from metadata.accounts import Accounts
 from protocol.errors import HaversackError, NodeUnavailable
 from protocol.ids import NodeId
-from protocol.messages import ItemStatus
+from protocol.messages import ScrubAction
 from sql.database import Database
 from sql.engine import sqlite_url
 from storage_node import identity
@@ -63,6 +62,8 @@ from storage_node.identity import Identity
 from storage_node.interface import FragmentKey, FragmentStore, NodeRegistration
 from storage_node.memory_store import Disk, MemoryStore
 from storage_node.node import StorageNode
+
+T = TypeVar("T")
 
 CLUSTER_ID = "simulated-cell"
 OWNERS = ("ann", "bob", "cat")
@@ -76,9 +77,12 @@ VERIFIER = VerifierSettings(
     index_page_rows=64,
     inventory_page_keys=64,
     call_s=5.0,
-    findings_s=5.0,
+    findings_s=15.0,
 )
 """Passes all the time, in pages and sections."""
+
+JOBS_LOOK_S = 2.0
+"""Between two looks at the jobs."""
 
 OPEN_VOLUME_S = 2.0
 """A pass of the placement service, and the next look of a gateway at the map."""
@@ -115,15 +119,12 @@ class SimCell:
         self.atlas = FaultAtlas()
         self.impairments = Impairments()
         self.inspector = Inspector(directory, self._read_disk, self.atlas)
-        self.node_events: list[NodeEvent] = []
+        changes = options.changes_gap_s > 0
+        self.witness = Witness(self.inspector, self.atlas, loop.time, changes)
         self.disks: dict[NodeId, SimDisk] = {}
         self.hosts: dict[str, Host] = {}
         self.gateways: dict[str, SimGateway] = {}
         self.tokens: dict[str, str] = {}
-        self.receipt_faults: Callable[[list[Violation]], None] = lambda _: None
-        """Told of every comparison of receipts with the node table."""
-        self.repair_faults: Callable[[list[Violation]], None] = lambda _: None
-        """Told of every slot that changed hands."""
         self.restarts = 0
         self._directory = directory
         self._codec = codec
@@ -189,29 +190,43 @@ class SimCell:
     def add_node(self) -> NodeId:
         """An operator adds an empty disk."""
         spec = self._format_node()
-        database = Database(sqlite_url(self._directory / "cell.db"), inline=True)
+        database = self._admin_database()
         add_nodes(database, self.hosts[str(spec.node_id)].clock, [spec])
         database.close()
         self.start(str(spec.node_id))
         return spec.node_id
 
-    def request_deep_pass(self) -> None:
-        """An operator runs `haversack verify --deep`."""
-        database = Database(sqlite_url(self._directory / "cell.db"), inline=True)
+    def request_pass(self, *, deep: bool, remove_strays: bool = False) -> None:
+        """An operator runs `haversack verify`."""
         now = self.hosts["repair"].clock.wall()
-        database.transact(
+        self.transact(
             lambda connection: request_pass(
-                connection, now, deep=True, remove_strays=False, dry_run=False
+                connection, now, deep=deep, remove_strays=remove_strays, dry_run=False
             )
         )
-        database.close()
 
     def verification(self) -> dict[str, Any]:
         """What the verifier says."""
-        database = Database(sqlite_url(self._directory / "cell.db"), inline=True)
-        found = database.read_now(verification_of)
-        database.close()
-        return found
+        return self.read_now(verification_of)
+
+    def transact(self, work: Callable[[SqlConnection], T]) -> T:
+        """What an operator has a gateway do, in no time, whatever is broken."""
+        database = self._admin_database()
+        try:
+            return database.transact(work)
+        finally:
+            database.close()
+
+    def read_now(self, work: Callable[[SqlConnection], T]) -> T:
+        """What an operator sees, whatever is broken."""
+        database = self._admin_database()
+        try:
+            return database.read_now(work)
+        finally:
+            database.close()
+
+    def _admin_database(self) -> Database:
+        return Database(sqlite_url(self._directory / "cell.db"), inline=True)
 
     # -- processes -----------------------------------------------------------------------------
 
@@ -364,7 +379,7 @@ class SimCell:
 
     def _start_placement(self, host: Host, life: Life) -> None:
         service = self._parts.placement(
-            self._open_database(host, life, "cell.db"),
+            self._open_database(host, life, "cell.db", self.witness.watch_map),
             host.clock,
             host.rng("service"),
             lambda view: self._connect(life.process, view),
@@ -381,7 +396,7 @@ class SimCell:
         self._guard(host, life, main())
 
     def _start_repair(self, host: Host, life: Life) -> None:
-        database = self._open_database(host, life, "cell.db", self._watch_moves)
+        database = self._open_database(host, life, "cell.db", self.witness.watch_changes)
 
         def connect(view: NodeView) -> SimPort:
             return self._connect(life.process, view)
@@ -411,7 +426,7 @@ class SimCell:
                 host.clock,
                 connect,
                 lambda: service.epoch,
-                VERIFIER,
+                dataclasses.replace(VERIFIER, grace_s=self.options.stray_grace_s),
             )
 
         self._guard(host, life, main())
@@ -435,7 +450,14 @@ class SimCell:
             self._client_settings(),
         )
         jobs = JobRunner(
-            database, host.clock, service.lead, service.executor, _run_inline, parts.work
+            database,
+            host.clock,
+            service.lead,
+            service.executor,
+            _run_inline,
+            parts.work,
+            self._members_changed,
+            JOBS_LOOK_S,
         )
         await service.start()
         try:
@@ -445,10 +467,38 @@ class SimCell:
         except* HaversackError as group:
             raise first_error(group) from None
 
-    def new_operator(self) -> SimOperator:
-        """Somebody who changes this cell."""
-        clock, rng = self.hosts["repair"].clock, self._rng("operator")
-        return SimOperator(self._directory, clock, rng, self.options.scheme, self.trace)
+    async def _members_changed(self) -> None:
+        """The controller stops the processes of nodes that have left."""
+        for node_id in self.gone_nodes():
+            host = self.hosts[node_id]
+            if not host.retired:
+                host.retired = True
+                self.later(0, lambda host=host: self._stop_for_good(host))  # type: ignore[misc]
+
+    def _stop_for_good(self, host: Host) -> None:
+        self.end_zombies(host)
+        if host.life is not None and host.alive:
+            self.trace.record(host.name, "stop", "left the cell")
+            self._end_life(host.life)
+
+    def gone_nodes(self) -> set[NodeId]:
+        """Nodes that were taken out of the cell."""
+        return {node for node, state in self.inspector.node_states().items() if state == "gone"}
+
+    def ask_for_scrub(self, node_id: NodeId) -> None:
+        """An operator runs `haversack scrub --now`: a gateway hands it on, or does not."""
+        life = self.hosts["gateway-1"].life
+        view = self.read_now(lambda connection: map_rows.read_node(connection, node_id))
+        if life is None or not life.process.alive or view is None:
+            return
+        port = self._connect(life.process, view)
+
+        async def ask() -> None:
+            with contextlib.suppress(HaversackError):
+                await port.scrub(ScrubAction.START, 0, REGISTER_DEADLINE_S)
+            await port.close()
+
+        life.process.spawn(ask(), "scrub")
 
     def _keyring(self) -> Keyring | None:
         return Keyring([bytes(32)]) if self.options.encrypted else None
@@ -464,7 +514,7 @@ class SimCell:
 
     def _start_gateway(self, host: Host, life: Life) -> None:
         parts = self._parts.gateway
-        index_class = watched(parts.block_index, self._watch_puts)
+        index_class = watched(parts.block_index, self.witness.watch_puts)
         gateway = SimGateway(
             dataclasses.replace(parts, block_index=index_class),
             self._open_database(host, life, "cell.db"),
@@ -530,56 +580,11 @@ class SimCell:
             self.impairments.finish(number, self.loop.time())
 
     def _observe(self, answered: Answered) -> None:
-        """Node-side record of who was allowed to write and who said that they did."""
         node = answered.target
         if not isinstance(node, SimNode) or answered.error is not None:
             return
-        node_id, life, now = node.node.node_id, node.life, node.clock.monotonic()
-        if answered.method == "lease":
-            incarnation, lease_s = answered.args
-            if answered.result.state == "serving" and answered.result.incarnation == incarnation:
-                self.node_events.append(LeaseGranted(node_id, life, incarnation, now, lease_s))
-                self._node_has_lease(node_id)
-        elif answered.method == "put" and ItemStatus.OK in answered.result.statuses:
-            incarnation = answered.result.incarnation
-            self.node_events.append(WriteAcknowledged(node_id, life, incarnation, now))
-            records = answered.args[1]
-            for record, status in zip(records, answered.result.statuses, strict=True):
-                if status is ItemStatus.OK:
-                    volume, block, slot, _ = peek_key(record)
-                    self.atlas.restore(node_id, [FragmentKey(volume, block, slot)])
-
-    def _watch_puts(self, entries: Sequence[NewBlock]) -> Callable[[Sequence[RecordOutcome]], None]:
-        """Compare the receipts of what gets recorded with the node table as it was before."""
-        receipts = {receipt.node_id for entry in entries for receipt in entry.receipts}
-        known = {node: self.inspector.node_incarnation(node) for node in sorted(receipts)}
-
-        def judge(outcomes: Sequence[RecordOutcome]) -> None:
-            for entry, outcome in zip(entries, outcomes, strict=True):
-                if outcome is RecordOutcome.NEW:
-                    for _, node_id, incarnation in entry.receipts:
-                        self.receipt_faults(
-                            receipts_are_of_this_life(node_id, incarnation, known[node_id])
-                        )
-
-        return judge
-
-    def _watch_moves(self) -> Callable[[], None]:
-        """Compare every volume of which a slot changes hands before and after."""
-        begun = self.inspector.moves()
-        before = {volume: self.inspector.stripes_of(volume) for volume, _, _ in begun}
-
-        def judge() -> None:
-            left = set(self.inspector.moves())
-            for volume, slot, target in begun:
-                if (volume, slot, target) in left:
-                    continue
-                for block, stripe in self.inspector.stripes_of(volume).items():
-                    was = before[volume][block]
-                    if stripe.nodes[slot] == target != was.nodes[slot]:
-                        self.repair_faults(checkers.repair_keeps_fragments(was, stripe, slot))
-
-        return judge
+        if self.witness.observe(node, answered):
+            self._node_has_lease(node.node.node_id)
 
     def _node_has_lease(self, node_id: NodeId) -> None:
         host = self.hosts[node_id]

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
@@ -94,7 +94,11 @@ class SimDatabase(Database):
     async def write(self, work: Callable[[Connection], T]) -> T:
         """See `Database.write`: a caller that gives up does not stop the work."""
         task = asyncio.get_running_loop().create_task(self._write(work), name="sql-write")
-        result: T = await asyncio.shield(task)
+        try:
+            result: T = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_notice)
+            raise
         return result
 
     async def _write(self, work: Callable[[Connection], T]) -> T:
@@ -124,6 +128,12 @@ class SimDatabase(Database):
         self._faults.on_kill()
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a dead process went on")
+
+
+def _notice(task: asyncio.Task[Any]) -> None:
+    """Nobody waits for this write any more: how it ends is nobody's to be told."""
+    if not task.cancelled():
+        task.exception()
 
 
 @functools.cache

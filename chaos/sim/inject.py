@@ -72,8 +72,8 @@ class Injector:
 
     def nodes(self) -> Sequence[NodeId]:
         """See `CellView.nodes`."""
-        lost = self._cell.atlas.lost_disks()
-        return [node for node in self._cell.disks if node not in lost]
+        out = {*self._cell.atlas.lost_disks(), *self._cell.gone_nodes()}
+        return [node for node in self._cell.disks if node not in out]
 
     def gateways(self) -> Sequence[str]:
         """See `CellView.gateways`."""
@@ -84,7 +84,8 @@ class Injector:
         active = [name for name in self._cell.impairments.active() if NodeId(name) in self._disks]
         hindered = [name for name, count in self._writes_hindered.items() if count > 0]
         lost = [str(node) for node in self._cell.atlas.lost_disks()]
-        return list(dict.fromkeys([*active, *hindered, *lost]))
+        gone = self._cell.gone_nodes()
+        return [name for name in dict.fromkeys([*active, *hindered, *lost]) if name not in gone]
 
     def spare_after_loss(self, node: NodeId) -> int:
         """See `CellView.spare_after_loss`."""
@@ -217,7 +218,7 @@ class Injector:
 
     def _damaged(self, kind: FaultKind, node: NodeId, key: FragmentKey) -> None:
         self._fired[kind] += 1
-        self._cell.atlas.destroy(node, [key], kind)
+        self._cell.atlas.destroy(node, [key], self._cell.loop.time())
 
     def _spare_record(self, node: NodeId, pick: float) -> FragmentKey | None:
         """An intact fragment of a stripe that can lose one more."""

@@ -100,6 +100,42 @@ class Inspector:
         rows = self._cell.execute("SELECT volume_id, slot, target FROM slot_moves").fetchall()
         return [(VolumeId(volume), slot, NodeId(target)) for volume, slot, target in rows]
 
+    def unrepairable(self) -> list[tuple[VolumeId, BlockHash]]:
+        """Blocks that the cell has listed as beyond repair."""
+        rows = self._cell.execute("SELECT volume_id, hash FROM unrepairable").fetchall()
+        return [(VolumeId(volume), BlockHash(block)) for volume, block in rows]
+
+    def map_version(self) -> int:
+        """Of the map of volumes and nodes."""
+        (version,) = self._cell.execute("SELECT version FROM map_version").fetchone()
+        return int(version)
+
+    def holder(self, volume: VolumeId, slot: int) -> NodeId | None:
+        """Whose a slot is."""
+        row = self._cell.execute(
+            "SELECT node_id FROM volume_slots WHERE volume_id = ? AND slot = ?", (int(volume), slot)
+        ).fetchone()
+        return None if row is None or row[0] is None else NodeId(row[0])
+
+    def volume_slots(self) -> dict[VolumeId, list[NodeId | None]]:
+        """Nodes of the slots of every volume, in slot order."""
+        found: dict[VolumeId, list[NodeId | None]] = {}
+        for volume, node in self._cell.execute(
+            "SELECT volume_id, node_id FROM volume_slots ORDER BY volume_id, slot"
+        ):
+            found.setdefault(VolumeId(volume), []).append(None if node is None else NodeId(node))
+        return found
+
+    def block_volumes(self) -> dict[BlockHash, VolumeId]:
+        """Where every block lies."""
+        rows = self._cell.execute("SELECT hash, volume_id FROM blocks").fetchall()
+        return {BlockHash(block): VolumeId(volume) for block, volume in rows}
+
+    def commits(self) -> int:
+        """A number that differs after anybody committed anything to the cell's database."""
+        (number,) = self._cell.execute("PRAGMA data_version").fetchone()
+        return int(number)
+
     def stripes_of(self, volume: VolumeId) -> dict[BlockHash, Stripe]:
         """The blocks of one volume."""
         rows = self._cell.execute(

@@ -58,8 +58,7 @@ class SimJudge:
         self.excused_reads = 0
         self.excused_puts = 0
         self.seen: list[Seen] = []
-        cell.receipt_faults = lambda found: self.rule("receipts_are_of_this_life", found)
-        cell.repair_faults = lambda found: self.rule("repair_keeps_fragments", found)
+        cell.witness.rule = self.rule
 
     def rule(self, checker: str, violations: Sequence[Violation]) -> None:
         """Count a check; end the run if it found something."""
@@ -82,7 +81,9 @@ class SimJudge:
         impaired.pop("repair", None)  # no put waits for it
         # A node that is full or fails writes is one node less, and no excuse beyond that.
         touched = {name.removeprefix(WRITES_TO): why for name, why in impaired.items()}
-        nodes = {str(node) for node in self._cell.disks}
+        gone = self._cell.gone_nodes()
+        nodes = {str(node) for node in self._cell.disks if node not in gone}
+        touched = {name: why for name, why in touched.items() if name not in gone}
         if operation.outcome is Outcome.UNKNOWN or any(
             name not in nodes or why in UNSEEN_BY_PLACEMENT for name, why in touched.items()
         ):
@@ -190,7 +191,7 @@ class SimJudge:
             ("no_update_is_lost", checkers.no_update_is_lost(ledger)),
             (
                 "writers_hold_their_lease",
-                checkers.writers_hold_their_lease(self._cell.node_events),
+                checkers.writers_hold_their_lease(self._cell.witness.node_events),
             ),
             (
                 "incarnation_is_durable",
@@ -199,7 +200,7 @@ class SimJudge:
                     for node, disk in self._cell.disks.items()
                     if node not in self._cell.atlas.lost_disks()
                     for violation in checkers.incarnation_is_durable(
-                        node, self._cell.node_events, disk.incarnation()
+                        node, self._cell.witness.node_events, disk.incarnation()
                     )
                 ],
             ),

@@ -50,7 +50,7 @@ CAPACITY_BYTES = 1 << 40
 SCRUB_PERIOD_S = 60.0
 """A run lasts minutes: the scrubber must get round within them."""
 
-LOOK_S_MIN = 1.0
+LOOK_S_MIN = 3.0
 """A simulated host looks after its node this seldom: its frequent looks, mostly at nothing, would
 be half of all steps of a run."""
 

@@ -27,6 +27,9 @@ SCHEMES: tuple[tuple[str, int, int], ...] = (
 )
 """Scheme, fewest and most nodes."""
 
+CHANGED = 0.2
+"""Share of runs in which an operator is at work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -59,6 +62,8 @@ class Options:
     """Whether the healed cell is verified until a deep pass finds nothing."""
     changes_gap_s: float = 0.0
     """Between two things that an operator asks for; zero: there is none."""
+    stray_grace_s: float = 90.0
+    """How old a stray must be before an operator's removal takes it."""
 
     def describe(self) -> list[str]:
         """Lines for a report."""
@@ -72,6 +77,9 @@ class Options:
             f"up to {self.map_age_s:g} s old, {self.rows_cached} rows cached",
             f"repair: nodes are out after {self.out_after_s:.0f} s; verified at the end: "
             f"{_yes(self.verified)}",
+            f"operator: asks for something about every {self.changes_gap_s:.0f} s"
+            if self.changes_gap_s
+            else "operator: none",
             f"clients: {self.workload.clients} of {self.workload.owners} owners, a pause of "
             f"{self.workload.think_mean_s:.1f} s, {self.workload.paths} paths",
             f"faults: about every {self.nemesis.gap_mean_s:.0f} s, at most "
@@ -94,6 +102,7 @@ def draw_options(seed: int) -> Options:
     nodes = rng.randint(fewest, most)
     fault_s = rng.choice([60.0, 180.0, 360.0, 600.0])
     faults = rng.choice([6, 15, 40])
+    changes = random.Random(f"changes-{seed}")
     return Options(
         seed=seed,
         scheme=scheme,
@@ -113,6 +122,7 @@ def draw_options(seed: int) -> Options:
         nemesis=NemesisPlan.draw(rng, scheme.m, nodes, fault_s / faults),
         out_after_s=rng.choice([10.0, 30.0, 90.0, 900.0]),
         verified=rng.random() < 0.5,
+        changes_gap_s=changes.choice([15.0, 30.0, 60.0]) if changes.random() < CHANGED else 0.0,
     )
 
 
@@ -121,12 +131,12 @@ def _only(
 ) -> Options:
     limit = options.scheme.m if impaired_max is None else impaired_max
     plan = NemesisPlan(dict.fromkeys(kinds, 1.0), gap_s, limit)
-    return dataclasses.replace(options, nemesis=plan)
+    return dataclasses.replace(options, nemesis=plan, changes_gap_s=0.0)
 
 
 def _calm(options: Options) -> Options:
     plan = NemesisPlan({}, 1e9, 0)
-    return dataclasses.replace(options, nemesis=plan)
+    return dataclasses.replace(options, nemesis=plan, changes_gap_s=0.0)
 
 
 def _contended(options: Options) -> Options:
@@ -150,14 +160,13 @@ def _unwritable(options: Options) -> Options:
 
 def _changes(options: Options) -> Options:
     """Drains, rebalances and transcodes under load and kills, in a cell with nodes to spare."""
-    cell = dataclasses.replace(
-        options, scheme=Scheme.parse("rs-4-2"), nodes=9, hosts=9, changes_gap_s=8.0
-    )
-    return _only(cell, FaultKind.KILL, FaultKind.KILL_AT_STEP, gap_s=10.0, impaired_max=1)
+    cell = dataclasses.replace(options, scheme=Scheme.parse("rs-4-2"), nodes=9, hosts=9)
+    killed = _only(cell, FaultKind.KILL, FaultKind.KILL_AT_STEP, gap_s=10.0, impaired_max=1)
+    return dataclasses.replace(killed, changes_gap_s=8.0)
 
 
 def _idle(options: Options) -> Options:
-    calm = _calm(options)
+    calm = dataclasses.replace(_calm(options), changes_gap_s=0.0)
     return dataclasses.replace(calm, quiet_s=4 * 3600.0)
 
 

@@ -41,6 +41,7 @@ from chaos.sim.database import memory_directory
 from chaos.sim.inject import Injector
 from chaos.sim.judge import LivenessViolation, SafetyViolation, SimJudge
 from chaos.sim.loop import SimLoop, SimulationStuck
+from chaos.sim.operator import SimOperator
 from chaos.sim.options import SCENARIOS, Options, draw_options
 from chaos.sim.process import ProcessDied
 from chaos.sim.trace import Trace
@@ -209,14 +210,13 @@ class SimRun:
 
     async def _change(self) -> None:
         """The operator at work, until it is cancelled; then everything is taken back."""
-        operator = self.cell.new_operator()
+        operator = SimOperator(self.cell, self._rng("operator"), self.injector.arm)
         try:
             await operator.run(self.options.changes_gap_s)
         finally:
             operator.take_back()
             for kind, count in operator.jobs_done().items():
                 self.judge.checks[f"{kind}_was_done"] += count
-            operator.close()
 
     async def _until_whole_puts(self, what: str, within_s: float) -> None:
         """Every node that has a disk is up, and each gateway stores a small and a large block
@@ -253,11 +253,12 @@ class SimRun:
             for violation in checkers.verifier_misses_nothing(stripe, lost)
         ]
         self.judge.rule("verifier_misses_nothing", found)
+        self.cell.witness.judge_layout()
         self.trace.record("run", "verified")
 
     async def _deep_pass(self, give_up_at: float) -> dict[str, int]:
         """What a whole pass finds wrong; strays are no harm."""
-        self.cell.request_deep_pass()
+        self.cell.request_pass(deep=True)
         while True:
             state = self.cell.verification()
             if state["request"]["ended"] is not None:
@@ -274,29 +275,35 @@ class SimRun:
 
     def _unhealed(self) -> list[Violation]:
         lost = frozenset(self.cell.atlas.lost_disks())
-        healthy = frozenset(self.cell.disks) - lost
+        healthy = frozenset(self.cell.disks) - lost - self.cell.gone_nodes()
         if self.options.out_after_s > OUT_WAITED_FOR_S_MAX:
             healthy = frozenset()  # too patient for a run to wait for
         stripes = self.cell.inspector.stripes().values()
         # A slot that lacks blocks which nobody can make waits a day for its old disk.
         waiting = {stripe.volume for stripe in stripes if len(stripe.intact) < stripe.scheme.k}
-        return [
+        found = [
             violation
             for stripe in stripes
             if stripe.volume not in waiting
             for violation in checkers.healed_block_is_whole(stripe, lost, healthy)
         ]
+        if healthy and not found:
+            moves = [volume for volume, _, _ in self.cell.inspector.moves()]
+            beyond = [volume for volume, _ in self.cell.inspector.unrepairable()]
+            found = checkers.nothing_is_under_way(moves, beyond, waiting)
+        return found
 
     async def _problem(self) -> str | None:
         lost = self.cell.atlas.lost_disks()
         states = self.cell.inspector.node_states()
+        states = {node: state for node, state in states.items() if state != "gone"}
         down = [node for node, state in states.items() if state != "up" and node not in lost]
         if down:
             return f"nodes {', '.join(down)} are {', '.join(states[node] for node in down)}"
-        wrong = [node for node in lost if states[node] == "up"]
+        wrong = [node for node in lost if states.get(node) == "up"]
         if wrong:
             return f"nodes {', '.join(wrong)} have no disk and are called up"
-        healthy = len(states) - len(lost)
+        healthy = len(states.keys() - set(lost))
         if healthy < self.options.scheme.write_minimum:
             return None
         for name, gateway in self.cell.gateways.items():

@@ -75,12 +75,15 @@ class JobRunner:
         run: Run,
         transcode: NewWork | None = None,
         members_changed: Callable[[], Awaitable[None]] = nobody_to_tell,
+        look_s: float = LOOK_S,
     ) -> None:
         """`lead` is a transaction of the role's holder; `transcode` makes the work of transcode
-        jobs; `members_changed` is awaited after a node left the cell, and once at the start."""
+        jobs; `members_changed` is awaited after a node left the cell, and once at the start;
+        `look_s` is between two looks."""
         self._tools = JobTools(db, clock, lead, mover, run)
         self._transcode = transcode
         self._members_changed = members_changed
+        self._look_s = look_s
         self._tasks: dict[JobId, tuple[asyncio.Task[None], Work]] = {}
         self._stopped = asyncio.Event()
 
@@ -95,7 +98,7 @@ class JobRunner:
                     if isinstance(error, NotLeader):
                         raise
                     log.warning("jobs could not be looked at", error=error.message)
-                await self._tools.clock.sleep(LOOK_S)
+                await self._tools.clock.sleep(self._look_s)
         finally:
             await self.halt()
 
