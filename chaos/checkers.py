@@ -215,6 +215,23 @@ def nothing_is_under_way(
     return found
 
 
+def scrub_finds_damage(stripe: Stripe, lost_nodes: frozenset[NodeId]) -> list[Violation]:
+    """Progress, some scrub periods after the last fault: no record that fails its checksums lies in
+    its slot unless a block can no longer be made.  Records that lie in good order are a decode's to
+    find, and those that are gone a verifier's."""
+    if len(stripe.intact) < stripe.scheme.k:
+        return []
+    wrong = [
+        slot
+        for slot, state in enumerate(stripe.slots)
+        if state is SlotState.CORRUPT and stripe.nodes[slot] not in lost_nodes
+    ]
+    if not wrong:
+        return []
+    message = f"slots {wrong} of {stripe.volume} are corrupt and nobody has mended them"
+    return [Violation("scrub_finds_damage", str(stripe.block), message)]
+
+
 def verifier_misses_nothing(stripe: Stripe, lost_nodes: frozenset[NodeId]) -> list[Violation]:
     """After a deep pass that found nothing: every slot on a disk that works holds an intact record,
     or is owed.  Records that lie in good order are a decode's to find, not a verifier's."""

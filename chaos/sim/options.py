@@ -165,6 +165,33 @@ def _changes(options: Options) -> Options:
     return dataclasses.replace(killed, changes_gap_s=8.0)
 
 
+def _healing(options: Options) -> Options:
+    """Everything that repair, scrub, verifier and jobs are there for, in a cell that is changed all
+    the time."""
+    cell = dataclasses.replace(
+        options,
+        scheme=Scheme.parse("rs-4-2"),
+        nodes=10,
+        hosts=10,
+        out_after_s=10.0,
+        fault_s=180.0,
+        stray_grace_s=70.0,
+    )
+    broken = _only(
+        cell,
+        FaultKind.KILL,
+        FaultKind.KILL_AT_DISK,
+        FaultKind.LOSE_DISK,
+        FaultKind.CORRUPT_RECORD,
+        FaultKind.DROP_RECORD,
+        FaultKind.LOSSY_NETWORK,
+        FaultKind.SLOW_DISK,
+        FaultKind.PAUSE,
+        gap_s=6.0,
+    )
+    return dataclasses.replace(broken, changes_gap_s=8.0)
+
+
 def _idle(options: Options) -> Options:
     calm = dataclasses.replace(_calm(options), changes_gap_s=0.0)
     return dataclasses.replace(calm, quiet_s=4 * 3600.0)
@@ -176,6 +203,7 @@ SCENARIOS: Mapping[str, Callable[[Options], Options]] = {
     "idle": _idle,
     "contended": _contended,
     "changes": _changes,
+    "healing": _healing,
     "kill_m": lambda options: _only(
         options, FaultKind.KILL, FaultKind.KILL_AT_STEP, FaultKind.KILL_AT_DISK, gap_s=5.0
     ),

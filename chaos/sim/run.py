@@ -62,6 +62,9 @@ writes calls itself bad until they are forgotten."""
 HEAL_S = 300.0
 """After that, and after lost nodes are out: everything lost is made again."""
 
+SCRUB_S = 300.0
+"""After that: the scrubbers have been round, and what they set aside is made again."""
+
 VERIFY_S = 1800.0
 """After that: a deep pass finds nothing; each takes a minute, to tell strays from puts."""
 
@@ -238,6 +241,21 @@ class SimRun:
             await asyncio.sleep(2.0)
         self.trace.record("run", "healed")
         self.judge.checks["healed_block_is_whole"] += 1
+        await self._until_scrubbed()
+
+    async def _until_scrubbed(self) -> None:
+        """Scrubs go round, and what they find is made again."""
+        give_up_at = self.loop.time() + SCRUB_S
+        lost = frozenset(self.cell.atlas.lost_disks())
+        while True:
+            stripes = self.cell.inspector.stripes().values()
+            found = [v for stripe in stripes for v in checkers.scrub_finds_damage(stripe, lost)]
+            if not found:
+                break
+            if self.loop.time() > give_up_at:
+                raise LivenessViolation("; ".join(str(violation) for violation in found[:3]))
+            await asyncio.sleep(10.0)
+        self.judge.checks["scrub_finds_damage"] += 1
 
     async def _until_verified(self) -> None:
         """Deep passes find what nobody has read, repair mends it, and one finds nothing."""

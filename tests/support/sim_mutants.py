@@ -7,19 +7,28 @@ Each is the product's class with one promise broken, the way a tired person woul
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
+import random
+import sqlite3
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sqlalchemy import Connection
 
+from cluster import map_rows
 from cluster.block_client import BlockClient
 from cluster.block_index import BlockIndex, NewBlock, RecordOutcome
+from cluster.change.plans import Plan
+from cluster.change.requests import ChangeRequest, preview
+from cluster.members import begin_drain
 from cluster.node_pool import NodePool
+from cluster.placement import OpenVolumesPlan, StockTarget, plan_volumes
 from cluster.placement_service import PlacementService
-from cluster.topology import NodeEvent
+from cluster.repair.volume_run import VolumeRun
+from cluster.topology import CellView, NodeEvent, NodeState, NodeView
 from metadata.accounts import Account
 from metadata.batch import CommitResult
 from metadata.changes import CommitRequest
@@ -275,6 +284,54 @@ class AcksBeforeCommit(Tree):
         except (DatabaseBusy, UnknownOutcome):
             entry = await self.entry(account, request.path)
             return CommitResult(entry._replace(rev="0" * 16), created=True)
+
+
+async def counts_sent_fragments(self: VolumeRun) -> None:
+    """`VolumeRun._verify_made`: what was sent is there."""
+    for slot, block in self._tags:
+        self.outcome.verified[slot].add(block)
+    self._tags.clear()
+
+
+async def believes_debts_repaid(self: VolumeRun) -> None:
+    """`VolumeRun._look_at_targets`: what is owed has surely arrived by now."""
+    for slot, making in self._makings.items():
+        self.outcome.verified[slot].update(making.only or ())
+
+
+def drains_at_once(connection: Connection, node_id: NodeId, now: float, why: str) -> NodeView:
+    """`begin_drain` for which a node is empty as soon as somebody wants it to be."""
+    view = begin_drain(connection, node_id, now, why)
+    version = map_rows.next_version(connection)
+    map_rows.set_node_state(connection, node_id, NodeState.DRAINED, now, why, version)
+    return view
+
+
+def sets_nothing_aside(_scrubber: Any, _groups: Any) -> int:
+    """`Scrubber._set_aside`: reads everything and tells nobody."""
+    return 0
+
+
+def previews_by_writing(connection: Connection, request: ChangeRequest) -> Plan:
+    """A preview that changes the map."""
+    path = connection.engine.url.database
+    assert path is not None
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE map_version SET version = version + 1")
+        other.commit()
+    return preview(connection, request)
+
+
+def opens_on_one_node_twice(
+    view: CellView, targets: Sequence[StockTarget], rng: random.Random
+) -> OpenVolumesPlan:
+    """`plan_volumes` that lets a node hold two slots."""
+    plan = plan_volumes(view, targets, rng)
+    openings = tuple(
+        dataclasses.replace(opening, slots=(opening.slots[1], *opening.slots[1:]))
+        for opening in plan.openings
+    )
+    return dataclasses.replace(plan, openings=openings)
 
 
 class NeverWelcomesBack(PlacementService):

@@ -282,3 +282,62 @@ def test_the_ledger_counts_a_lost_answer_as_neither_success_nor_failure(ledger: 
     assert ledger.counts() == {"put unknown": 1}
     put(ledger, "ann", Outcome.ACKNOWLEDGED)
     assert ledger.acknowledged_blocks() == [BLOCK]
+
+
+def test_a_slot_is_published_in_the_life_that_verified_it() -> None:
+    assert not checkers.published_in_the_life_that_verified(NODE, 3, 3)
+    assert checkers.published_in_the_life_that_verified(NODE, 3, 4)
+
+
+def test_a_transcoded_block_is_whole_but_for_what_faults_took() -> None:
+    assert not checkers.transcoded_block_is_whole(stripe())
+    assert not checkers.transcoded_block_is_whole(
+        stripe(INTACT, ABSENT, INTACT, INTACT, destroyed=(1,))
+    )
+    assert checkers.transcoded_block_is_whole(stripe(INTACT, ABSENT, INTACT, INTACT, debts=(1,)))
+
+
+def test_only_copies_of_what_is_safe_elsewhere_are_removed() -> None:
+    holder, elsewhere = NodeId.numbered(2), NodeId.numbered(9)
+    assert not checkers.removal_keeps_fragments(stripe(), 1, elsewhere, just_taken=False)
+    assert checkers.removal_keeps_fragments(stripe(), 1, holder, just_taken=False)
+    lacking = stripe(INTACT, ABSENT, INTACT, INTACT)
+    assert checkers.removal_keeps_fragments(lacking, 1, elsewhere, just_taken=False)
+    assert not checkers.removal_keeps_fragments(lacking, 1, elsewhere, just_taken=True)
+
+
+def test_slots_of_a_volume_share_no_node() -> None:
+    one, two = NodeId.numbered(1), NodeId.numbered(2)
+    assert not checkers.slots_are_on_distinct_nodes({VolumeId(1): [one, two, None, None]})
+    assert checkers.slots_are_on_distinct_nodes({VolumeId(1): [one, two, one]})
+
+
+def test_an_emptied_node_holds_nothing() -> None:
+    one, two = NodeId.numbered(1), NodeId.numbered(2)
+    assert not checkers.emptied_nodes_hold_nothing([one], [(two, VolumeId(1))])
+    assert checkers.emptied_nodes_hold_nothing([one], [(one, VolumeId(1))])
+
+
+def test_a_dry_run_changes_nothing() -> None:
+    assert not checkers.dry_run_changes_nothing("drain", 7, 7)
+    assert checkers.dry_run_changes_nothing("drain", 7, 8)
+
+
+def test_nothing_is_under_way_but_what_waits_for_lost_fragments() -> None:
+    first, second = VolumeId(1), VolumeId(2)
+    assert not checkers.nothing_is_under_way([first], [first], {first})
+    assert len(checkers.nothing_is_under_way([first, second], [second], {first})) == 2
+
+
+def test_damage_that_a_checksum_tells_is_mended_by_and_by() -> None:
+    assert not checkers.scrub_finds_damage(stripe(), frozenset())
+    rotten = stripe(INTACT, CORRUPT, INTACT, INTACT, destroyed=(1,))
+    assert checkers.scrub_finds_damage(rotten, frozenset())
+    assert not checkers.scrub_finds_damage(rotten, frozenset({NodeId.numbered(2)}))
+
+
+def test_a_debt_of_a_fragment_that_is_there_was_written_once() -> None:
+    owed = dataclasses.replace(stripe(), debts=frozenset({0, 1, 2}))
+    assert not checkers.acknowledged_block_is_whole(BLOCK, len(DATA), owed)
+    absent = stripe(ABSENT, ABSENT, INTACT, INTACT, debts=(0, 1))
+    assert checkers.acknowledged_block_is_whole(BLOCK, len(DATA), absent)
