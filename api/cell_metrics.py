@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from api.upkeep_metrics import UpkeepMetrics
 from cluster.alarms import AlarmKind
 from cluster.change.jobs import UNFINISHED
-from cluster.repair.repair_rows import PASS_KIND
 from cluster.status import CellStatus
 from cluster.topology import NodeState, NodeView
 
@@ -51,6 +51,7 @@ class CellMetrics:
         self._repair_eta = gauge(
             "repair_eta_seconds", "Until repair is done at that rate; NaN: not known."
         )
+        self._upkeep = UpkeepMetrics(registry)
         self.sql_up = gauge("sql_up", "1 if both databases answered.")
 
     def set_nodes(self, nodes: Iterable[NodeView]) -> None:
@@ -79,15 +80,14 @@ class CellMetrics:
         alarms = Tally(alarm.kind for alarm in status.alarms)
         for kind in AlarmKind:
             self._alarms.labels(kind.value).set(alarms[kind])
-        self._set_passes(status)
+        self._set_work(status)
+        self._upkeep.set_snapshot(status, now)
 
-    def _set_passes(self, status: CellStatus) -> None:
-        repair = next((found.body for found in status.passes if found.kind == PASS_KIND), {})
+    def _set_work(self, status: CellStatus) -> None:
+        repair, verified = status.repair or {}, status.verification
         eta_s = repair.get("eta_s")
         self._repair_rate.set(repair.get("bytes_per_s", 0.0))
         self._repair_eta.set(float("nan") if eta_s is None else eta_s)
-        ended: dict[str, float] = {}
-        for found in status.passes:
-            ended[found.kind] = max(ended.get(found.kind, 0.0), found.ended or 0.0)
-        for name, at in ended.items():
-            self._pass_ended.labels(name).set(at)
+        last = {"repair": repair, "verify": verified["finished"], "removal": verified["removal"]}
+        for kind, found in last.items():
+            self._pass_ended.labels(kind).set((found or {}).get("ended") or 0.0)

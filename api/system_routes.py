@@ -47,6 +47,14 @@ class ReadyAnswer(BaseModel):
     needs: dict[str, int]
 
 
+class DiskStatus(BaseModel):
+    """What a node last told of its disk, and when: `SpaceReport` and `ScrubProgress`."""
+
+    reported: float
+    space: dict[str, int]
+    scrub: dict[str, Any]
+
+
 class NodeStatus(BaseModel):
     """One storage node."""
 
@@ -65,6 +73,7 @@ class NodeStatus(BaseModel):
     capacity_bytes: int
     free_bytes: int
     detail: str
+    disk: DiskStatus | None
 
 
 class VolumeStatus(BaseModel):
@@ -83,17 +92,6 @@ class RedundancyStatus(BaseModel):
     oldest_debt: float | None
     unrepairable: int
     moves: int
-
-
-class PassStatus(BaseModel):
-    """What repair, the verifier or a scrubber noted of its present or last pass."""
-
-    kind: str
-    subject: str
-    number: int
-    begun: float
-    ended: float | None
-    body: dict[str, Any]
 
 
 class AlarmStatus(BaseModel):
@@ -120,7 +118,10 @@ class StatusAnswer(BaseModel):
     fragment_bytes: int
     debts: int
     redundancy: RedundancyStatus
-    passes: list[PassStatus]
+    repair: dict[str, Any] | None
+    verification: dict[str, Any]
+    watcher: dict[str, Any]
+    canaries: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     alarms: list[AlarmStatus]
 

@@ -13,6 +13,7 @@ import orjson
 from cli import figures
 from cli.connection import ServerOptions, run_with_client
 from cli.failures import Exit, printable
+from cli.upkeep_lines import upkeep_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,7 +144,7 @@ def _print_sums(console: Console, state: dict[str, Any]) -> None:
     volumes = state.get("volumes", {})
     spares = ", ".join(
         f"{count} with {spare} spare"
-        for spare, count in sorted(volumes.get("by_spare", {}).items())
+        for spare, count in sorted(volumes.get("by_spare", {}).items(), key=lambda at: int(at[0]))
     )
     console.print(
         f"\nvolumes    {volumes.get('open', 0)} open, {volumes.get('sealed', 0)} sealed"
@@ -177,44 +178,12 @@ def _print_redundancy(console: Console, state: dict[str, Any]) -> None:
         line("moving", figures.plural(redundancy["moves"], "slot"))
     if redundancy.get("unrepairable"):
         line("given up", figures.plural(redundancy["unrepairable"], "block"))
-    for found in state.get("passes", []):
-        match found["kind"], found["subject"]:
-            case "canary", _:
-                pass  # an alarm tells when one is not noticed
-            case "verify", "finished":
-                line("verified", _verified(found))
-            case "verify", _ if found["ended"] is not None:
-                pass  # it is the finished one
-            case _:
-                line(_text(found["kind"]), _pass(found))
+    for title, text in upkeep_lines(state):
+        line(title, _text(text))
     for job in state.get("jobs", []):
         line("job", f"{job['id']}: {_text(job['kind'])} of {_text(job['subject'])}, {_job(job)}")
     for alarm in state.get("alarms", []):
         line("[red]ALARM[/]     ", _text(alarm.get("text")))
-
-
-def _pass(found: dict[str, Any]) -> str:
-    """`pass 3 of cell since 2026-11-21 10:00, 91.0 MB/s, about 5 min to go`."""
-    body = found["body"]
-    said = f"pass {found['number']} of {_text(found['subject'])}, "
-    said += (
-        f"since {figures.moment(found['begun'])}"
-        if found["ended"] is None
-        else f"ended {figures.moment(found['ended'])}"
-    )
-    if body.get("bytes_per_s"):
-        said += f", {figures.size(body['bytes_per_s'])}/s"
-    if body.get("eta_s"):
-        said += f", about {figures.lasting(body['eta_s'])} to go"
-    return said
-
-
-def _verified(found: dict[str, Any]) -> str:
-    """`2026-11-21 10:00, every fragment read: 2 missing`."""
-    counts = {name: entry["count"] for name, entry in found["body"]["differences"].items()}
-    told = ", ".join(f"{count:,} {_text(name)}" for name, count in counts.items() if count)
-    depth = "every fragment read" if found["body"]["deep"] else "inventories compared"
-    return f"{figures.moment(found['ended'])}, {depth}: {told or 'no difference'}"
 
 
 def _job(job: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.disk_reports import DiskReport
 from cluster.map_rows import NodeReport
 from cluster.placement_settings import PlacementSettings
 from cluster.topology import NodeEvent, NodeState, NodeView, may_happen
@@ -62,6 +63,10 @@ class _Health:
     """Since when."""
     report: NodeReport | None = None
     reported_at: float = float("-inf")
+    disk: DiskReport | None = None
+    """What it last said of its disk."""
+    disk_stored: DiskReport | None = None
+    disk_stored_at: float = float("-inf")
     port: NodePort | None = None
     push: asyncio.Task[None] | None = None
 
@@ -199,6 +204,7 @@ class NodeWatch:
                 summary.space.placement_free_bytes if summary.space.capacity_bytes else -1
             ),
         )
+        health.disk = DiskReport(health.view.node_id, summary.space, summary.scrub)
 
     # -- what gateways say -----------------------------------------------------------------------
 
@@ -287,6 +293,23 @@ class NodeWatch:
             if health.report is not None and _differs(health.report, health.view)
         ]
 
+    def disk_reports_due(self) -> list[DiskReport]:
+        """Reports of disks to be stored now."""
+        due_before = self._clock.monotonic() - self._settings.disk_report_interval_s
+        return [
+            health.disk
+            for health in self._nodes.values()
+            if health.disk is not None and _is_worth_storing(health, health.disk, due_before)
+        ]
+
+    def disk_reports_stored(self, reports: Iterable[DiskReport]) -> None:
+        """These are in SQL."""
+        now = self._clock.monotonic()
+        for report in reports:
+            health = self._nodes.get(report.node_id)
+            if health is not None:
+                health.disk_stored, health.disk_stored_at = report, now
+
     # -- end -------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
@@ -316,6 +339,13 @@ def _is_watched(view: NodeView) -> bool:
 
 def _same_life(held: NodeView, new: NodeView) -> bool:
     return (held.incarnation, held.endpoint) == (new.incarnation, new.endpoint)
+
+
+def _is_worth_storing(health: _Health, disk: DiskReport, due_before: float) -> bool:
+    stored = health.disk_stored
+    if stored is None or disk.differs_in_kind(stored):
+        return True
+    return disk != stored and health.disk_stored_at <= due_before
 
 
 def _differs(report: NodeReport, view: NodeView) -> bool:

@@ -29,6 +29,7 @@ from sqlalchemy import Connection
 from cluster import map_rows
 from cluster.cell import open_cell
 from cluster.change.jobs import wanted_schemes
+from cluster.disk_reports import DiskReport, save_disk_reports
 from cluster.events import CELL, EventKind, record_event
 from cluster.leadership import check_role, take_role
 from cluster.node_watch import NodeWatch, Ports
@@ -74,6 +75,7 @@ class _Change:
     """With what the node said."""
     ahead: dict[NodeId, int]
     reports: tuple[map_rows.NodeReport, ...]
+    disk_reports: tuple[DiskReport, ...]
     disks: dict[NodeId, bool]
     """Nodes whose disk went bad, or is well again."""
     unwritable: frozenset[NodeId]
@@ -250,7 +252,8 @@ class PlacementService:
             await self._look_at_sightings()
             change = self._heard()
             settled = self._settled()
-            idle = not (change.events or change.ahead or change.reports or change.disks)
+            reports = change.reports or change.disk_reports
+            idle = not (change.events or change.ahead or reports or change.disks)
             review = review or change.unwritable != self._reviewed_unwritable
             if idle and not (review and await self._volumes_want_change(change.unwritable)):
                 self._opened_settled = settled
@@ -273,8 +276,9 @@ class PlacementService:
             self._opened_settled = settled
             self._reviewed_unwritable = change.unwritable
             self._reviewed_at = self._clock.monotonic()
-            if change.reports:
+            if reports:
                 self._reported_at = self._reviewed_at
+                self._started().disk_reports_stored(change.disk_reports)
             _tell(done)
 
     async def _look_at_sightings(self) -> None:
@@ -299,13 +303,13 @@ class PlacementService:
             if event is not None:
                 events[view.node_id] = event, watch.detail_of(view.node_id)
         since_report = self._clock.monotonic() - self._reported_at
-        reports = (
-            tuple(watch.changed_reports())
-            if since_report >= self._settings.report_interval_s
-            else ()
-        )
+        due = since_report >= self._settings.report_interval_s
+        reports = tuple(watch.changed_reports()) if due else ()
+        disk_reports = tuple(watch.disk_reports_due()) if due else ()
         unwritable = watch.unwritable() if self._settled() else frozenset[NodeId]()
-        return _Change(events, watch.ahead(), reports, watch.disk_verdicts(), unwritable)
+        return _Change(
+            events, watch.ahead(), reports, disk_reports, watch.disk_verdicts(), unwritable
+        )
 
     async def _volumes_want_change(self, unwritable: frozenset[NodeId]) -> bool:
         """A look without a write: also finds out whether the role is still ours, and what others
@@ -421,6 +425,7 @@ def _write_pass(
         if incarnation > nodes[node_id].incarnation
     }
     map_rows.save_reports(connection, change.reports)
+    save_disk_reports(connection, change.disk_reports, now)
     disks = {
         node_id: failed
         for node_id, failed in change.disks.items()

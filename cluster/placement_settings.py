@@ -39,6 +39,11 @@ class PlacementSettings:
     report_interval_s: float = 10.0
     """Between two summaries of a node, and between two transactions that store them."""
 
+    disk_report_interval_s: float = 60.0
+    """Between two transactions that store how far a node's scrub is and how full its disk: what
+    changes all the time.  A pass that begins or ends, or a finding, is stored with the next
+    summary."""
+
     sightings_interval_s: float = 2.0
     """Between two looks at what gateways say of nodes."""
 

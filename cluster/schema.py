@@ -8,6 +8,7 @@ them.  Imports SQLAlchemy only.  Changes go through `cluster/migrations` (`docs/
 | cell         | cell (exactly one)             | `cell.create_cell`                            |
 | map_version  | cell (exactly one)             | every change that a client's map must see     |
 | nodes        | storage node                   | `cell.add_nodes`, the placement service       |
+| disk_reports | node that told of its disk     | the placement service                         |
 | volumes      | volume                         | the placement service; counters: block index  |
 | volume_slots | slot of a volume               | the placement service                         |
 | blocks       | live block                     | the block index                               |
@@ -92,6 +93,17 @@ nodes = Table(
     Column("placement_free_bytes", BigInteger, nullable=False, server_default=text("-1")),
     # Map version of the row's last change; bytes, fragments and detail do not count as one.
     Column("changed", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+disk_reports = Table(
+    "disk_reports",
+    metadata,
+    Column("node_id", String, primary_key=True),
+    Column("at", Float, nullable=False),
+    # JSON: a `SpaceReport` and a `ScrubProgress` of `protocol.messages`, as arrays.
+    Column("space", Text, nullable=False),
+    Column("scrub", Text, nullable=False),
     sqlite_with_rowid=False,
 )
 

@@ -5,11 +5,12 @@ snapshot.  What each part costs:
 
 | part                       | grows with                                            |
 |----------------------------|-------------------------------------------------------|
-| nodes, jobs, passes        | their rows                                            |
+| nodes, jobs, disks         | their rows                                            |
 | volumes, blocks, bytes     | volume rows, each read once                           |
 | by spare fragments         | volume rows, slots of nodes that are away, debts      |
 | oldest debt, unrepairable  | debts, unrepairable blocks                            |
 | alarms                     | the table of events, which is bounded                 |
+| verification, watcher      | strays and watched blocks, whose tables are bounded   |
 
 Nothing grows with blocks that are whole.
 """
@@ -17,40 +18,30 @@ Nothing grows with blocks that are whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import orjson
 from sqlalchemy import Connection, func, select
 
 from cluster import map_rows
 from cluster.alarms import Alarm, alarms_of, read_raised
 from cluster.block_index import Totals, read_totals
 from cluster.change.jobs import UNFINISHED, Job, job_json, read_jobs
+from cluster.disk_reports import KeptReport, read_disk_reports
 from cluster.redundancy import Redundancy, read_redundancy, volumes_by_spare
-from cluster.schema import cell, passes, volumes
+from cluster.repair.repair_rows import PASS_KIND, PASS_SUBJECT
+from cluster.schema import cell, volumes
 from cluster.topology import NodeView, VolumeState
+from cluster.verify.canaries import canaries_of
+from cluster.verify.pass_rows import read_pass, verification_of
+from cluster.verify.watch_rows import watching_of
 from erasure.scheme import Scheme
 from protocol.errors import ConfigInvalid
+from protocol.ids import NodeId
 from sql.database import Database
 
 JOBS_SHOWN: Final = 20
 BLOCKERS_SHOWN: Final = 3
 """Of each job; `haversack jobs` shows them all."""
-
-
-class PassRow(NamedTuple):
-    """What a service that works in passes noted of the present or the last one."""
-
-    kind: str
-    subject: str
-    number: int
-    begun: float
-    ended: float | None
-    body: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return self._asdict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +59,16 @@ class CellStatus:
     is lost while it is vacant, its node does not serve, or any block has a debt in it."""
     totals: Totals
     redundancy: Redundancy
-    passes: tuple[PassRow, ...]
+    disks: dict[NodeId, KeptReport]
+    """What nodes last told of space and scrub; a node that never did is not in it."""
+    repair: dict[str, Any] | None
+    """What repair noted of itself last: `repair.service.Counters`."""
+    verification: dict[str, Any]
+    """`verify.pass_rows.verification_of`."""
+    watcher: dict[str, Any]
+    """`verify.watch_rows.watching_of`."""
+    canaries: tuple[dict[str, Any], ...]
+    """Bodies of `verify.canaries.Canary`."""
     jobs: tuple[Job, ...]
     """Not ended, newest first."""
     alarms: tuple[Alarm, ...]
@@ -79,7 +79,7 @@ class CellStatus:
             "cluster_id": self.cluster_id,
             "scheme": self.scheme.name,
             "map_version": self.map_version,
-            "nodes": [node_json(node) for node in self.nodes],
+            "nodes": [self._node_json(node) for node in self.nodes],
             "volumes": {
                 "open": self.open_volumes,
                 "sealed": self.sealed_volumes,
@@ -91,10 +91,17 @@ class CellStatus:
             "fragment_bytes": sum(node.used_bytes for node in self.nodes),
             "debts": self.redundancy.debts,
             "redundancy": self.redundancy.to_json(),
-            "passes": [found.to_json() for found in self.passes],
+            "repair": self.repair,
+            "verification": self.verification,
+            "watcher": self.watcher,
+            "canaries": list(self.canaries),
             "jobs": [_job_json(job) for job in self.jobs],
             "alarms": [alarm.to_json() for alarm in self.alarms],
         }
+
+    def _node_json(self, node: NodeView) -> dict[str, Any]:
+        told = self.disks.get(node.node_id)
+        return {**node_json(node), "disk": None if told is None else told.to_json()}
 
 
 async def read_status(db: Database, now: float) -> CellStatus:
@@ -113,6 +120,7 @@ def status_of(connection: Connection, now: float) -> CellStatus:
     counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(by_state)}
     redundancy = read_redundancy(connection, nodes)
     jobs = tuple(read_jobs(connection, UNFINISHED, JOBS_SHOWN))
+    repair = read_pass(connection, PASS_KIND, PASS_SUBJECT)
     return CellStatus(
         cluster_id=row.cluster_id,
         scheme=Scheme.parse(row.scheme),
@@ -123,23 +131,14 @@ def status_of(connection: Connection, now: float) -> CellStatus:
         spare=volumes_by_spare(connection, nodes),
         totals=read_totals(connection),
         redundancy=redundancy,
-        passes=tuple(read_passes(connection)),
+        disks=read_disk_reports(connection),
+        repair=None if repair is None else repair.to_json(),
+        verification=verification_of(connection),
+        watcher=watching_of(connection, now),
+        canaries=tuple(canaries_of(connection)),
         jobs=jobs,
         alarms=alarms_of(nodes, redundancy, jobs, read_raised(connection), now),
     )
-
-
-def read_passes(connection: Connection) -> list[PassRow]:
-    """All of them: one per kind and subject.  Requests are not passes."""
-    query = (
-        select(passes)
-        .where(passes.c.subject != "request")
-        .order_by(passes.c.kind, passes.c.subject)
-    )
-    return [
-        PassRow(row.kind, row.subject, row.number, row.begun, row.ended, orjson.loads(row.body))
-        for row in connection.execute(query)
-    ]
 
 
 def _job_json(job: Job) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_status_as_a_table_and_as_json(haversack: Callable[..., Said]) -> None:
     assert "moving     4 slots" in said.out
     assert "given up   1 block" in said.out
     assert re.search(
-        r"repair     pass 3 of cell, since .*, 91\.0 MB/s, about 5 min to go", said.out
+        r"repair     works on 2 volumes, about .*, 91\.0 MB/s, about 5 min to go", said.out
     )
     assert "job        7: drain of node-02, running, 3 of 12 done, about 3 min to go" in said.out
     assert r"ALARM      [bold]\x1b[2J" in said.out, "what a server says is shown, never obeyed"

@@ -422,16 +422,16 @@ class ScriptedCell:
                     "unrepairable": 1,
                     "moves": 4,
                 },
-                "passes": [
-                    {
-                        "kind": "repair",
-                        "subject": "cell",
-                        "number": 3,
-                        "begun": 1_795_305_600.0,
-                        "ended": None,
-                        "body": {"bytes_per_s": 91e6, "eta_s": 340.0},
-                    }
-                ],
+                "repair": {
+                    "number": 3,
+                    "begun": 1_795_305_600.0,
+                    "ended": None,
+                    "left_volumes": 2,
+                    "left_bytes": 31_000_000_000,
+                    "blocked_slots": 0,
+                    "bytes_per_s": 91e6,
+                    "eta_s": 340.0,
+                },
                 "jobs": [
                     {
                         "id": 7,

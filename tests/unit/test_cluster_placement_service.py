@@ -30,6 +30,7 @@ from chaos.sim.loop import SimLoop
 from cluster import map_rows, schema
 from cluster.block_index import BlockIndex, RecordOutcome
 from cluster.cell import add_nodes
+from cluster.disk_reports import KeptReport, read_disk_reports
 from cluster.events import read_events
 from cluster.placement_service import PlacementService
 from cluster.placement_settings import PlacementSettings
@@ -52,7 +53,7 @@ from protocol.errors import (
 )
 from protocol.ids import NodeId, VolumeId
 from protocol.limits import VOLUME_BYTES_TARGET
-from protocol.messages import LeaseReply, SpaceReport, SummaryReply
+from protocol.messages import LeaseReply, ScrubProgress, SpaceReport, SummaryReply
 from sql.database import Database
 from storage_node.identity import Identity
 from storage_node.local_port import LocalPort
@@ -79,6 +80,7 @@ class ScriptedNode:
     leases: list[tuple[float, int]] = field(default_factory=list)
     summaries: int = 0
     ports_open: int = 0
+    scrub: ScrubProgress = field(default_factory=ScrubProgress)
 
 
 class ScriptedPort:
@@ -124,6 +126,7 @@ class ScriptedPort:
             {},
             node.fault,
             SpaceReport(1 << 40, placement_free_bytes=node.placement_free_bytes),
+            node.scrub,
         )
 
     async def close(self) -> None:
@@ -1013,6 +1016,36 @@ def test_reports_are_stored_at_a_bounded_rate_without_a_new_map_version(
         await cell.until(lambda: cell.rows.node(5).fragments == 99)
         assert cell.rows.node(5).used_bytes == 99_000
         assert cell.rows.node(5).free_bytes == 1 << 39
+        await cell.service.stop()
+        await running
+
+    play(main)
+
+
+def test_what_nodes_tell_of_their_disks_is_kept_and_progress_alone_is_stored_seldom(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        running = asyncio.create_task(cell.service.run())
+        await asyncio.sleep(0.1)
+        await cell.start_all()
+        node, name = cell.node(3), NodeId.numbered(3)
+
+        def kept() -> KeptReport | None:
+            return cell.db.read_now(read_disk_reports).get(name)
+
+        await cell.until(lambda: kept() is not None)
+        transactions = cell.db.stats().transactions
+        for done in range(600):
+            node.scrub = ScrubProgress(1, running=True, bytes_done=done, bytes_total=600)
+            await asyncio.sleep(1)
+        written = cell.db.stats().transactions - transactions
+        assert written <= 600 / SETTINGS.disk_report_interval_s + 2
+        last = kept()
+        assert last is not None
+        assert last.scrub.bytes_done >= 600 - 2 * SETTINGS.disk_report_interval_s
+        node.scrub = ScrubProgress(1, running=True, bytes_done=600, findings=1)
+        await cell.until(lambda: (now := kept()) is not None and now.scrub.findings == 1, 25.0)
         await cell.service.stop()
         await running
 

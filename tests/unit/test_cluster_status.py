@@ -22,11 +22,13 @@ from cell_rows import (
 
 from cluster import map_rows
 from cluster.block_index import BlockIndex, RecordOutcome
+from cluster.disk_reports import DiskReport, save_disk_reports
 from cluster.map_rows import NodeReport
-from cluster.status import read_status
+from cluster.status import CellStatus, read_status, status_of
 from cluster.topology import NodeState
 from protocol.errors import ConfigInvalid
 from protocol.ids import NodeId
+from protocol.messages import ScrubProgress, SpaceReport
 from sql.database import Database
 
 
@@ -42,6 +44,28 @@ def db(tmp_path: Path) -> Iterator[Database]:
 @pytest.fixture
 def rows(db: Database) -> Rows:
     return Rows(db)
+
+
+def status_of_now(db: Database) -> CellStatus:
+    return db.read_now(lambda connection: status_of(connection, START))
+
+
+def test_a_node_shows_what_it_last_told_of_its_disk(db: Database) -> None:
+    told = DiskReport(
+        NodeId.numbered(2),
+        SpaceReport(1_000, 700, 100, 200, 250),
+        ScrubProgress(4, running=True, bytes_done=5, bytes_total=50, findings=1),
+    )
+    older = DiskReport(told.node_id, SpaceReport(), ScrubProgress())
+    for number, report in enumerate((older, told)):
+        db.transact(lambda c, r=report, n=number: save_disk_reports(c, [r], START + n))
+    nodes = status_of_now(db).to_json()["nodes"]
+    assert nodes[0]["disk"] is None
+    disk = nodes[1]["disk"]
+    assert disk["reported"] == START + 1
+    assert disk["space"]["client_free_bytes"] == 200
+    assert (disk["scrub"]["pass_number"], disk["scrub"]["findings"]) == (4, 1)
+    assert told.differs_in_kind(older)
 
 
 async def test_a_database_without_a_cell_has_no_status(tmp_path: Path) -> None:
@@ -81,7 +105,16 @@ async def test_the_json_names_the_cell_its_nodes_and_its_sums(db: Database, rows
             "unrepairable": 0,
             "moves": 0,
         },
-        "passes": [],
+        "repair": None,
+        "verification": {
+            "current": None,
+            "finished": None,
+            "request": None,
+            "removal": None,
+            "strays": {},
+        },
+        "watcher": {"blocks": 0, "by_step": {}, "late_s": 0.0, "looks": {}},
+        "canaries": [],
         "jobs": [],
         "alarms": [],
     }
@@ -104,6 +137,7 @@ async def test_the_json_names_the_cell_its_nodes_and_its_sums(db: Database, rows
         "placement_free_bytes": -1,
         "disk_failed": False,
         "detail": "",
+        "disk": None,
     }
 
 

@@ -109,6 +109,14 @@ def _create_operations() -> None:
         sqlite_with_rowid=False,
     )
     op.create_table(
+        "disk_reports",
+        sa.Column("node_id", sa.String, primary_key=True),
+        sa.Column("at", sa.Float, nullable=False),
+        sa.Column("space", sa.Text, nullable=False),
+        sa.Column("scrub", sa.Text, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "jobs",
         sa.Column("job_id", sa.Integer, primary_key=True),
         sa.Column("kind", sa.String, nullable=False),
