@@ -159,7 +159,7 @@ def _print_loss(shown: Console, answer: dict[str, Any]) -> None:
     if rebuilding["slots_beyond_spread"]:
         shown.print(
             f"[yellow]but[/]         {figures.plural(rebuilding['slots_beyond_spread'], 'slot')} "
-            "would have to share a rack or host with too many others"
+            "would have to share a rack or host with more others than any does now"
         )
     if answer.get("worst"):
         shown.print("\nthe worst of each kind, blocks by spare fragments:")
@@ -295,6 +295,12 @@ class _Why:
                 "at risk",
                 f"{figures.plural(risk['volumes'], 'volume')} of {risk['scheme']} with "
                 f"{risk['spare']} spare: {', '.join(risk['examples'])}",
+            )
+        for job in answer["jobs"]:
+            self._line(
+                "job",
+                f"{job['id']}: {job['kind']}, {job['state']}, {job['done_units']:,} of "
+                f"{job['total_units']:,} done",
             )
         for kind, count in answer["strays"].items():
             self._line("strays", f"{count} {kind}")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, func, or_, select
+from sqlalchemy import Connection, Row, Select, func, or_, select, union
 
 from cluster import map_rows
+from cluster.change.jobs import UNFINISHED, Job, read_jobs
 from cluster.debts import read_debts
 from cluster.events import Event, read_events
 from cluster.schema import (
@@ -37,6 +38,8 @@ LISTED_MAX: Final = 20
 EVENTS_OF_BLOCK: Final = 10
 EVENTS_OF_VOLUME: Final = 20
 EVENTS_OF_NODE: Final = 10
+JOBS_ASKED: Final = 100
+"""Unfinished jobs among which those about a node are looked for."""
 
 _NODES_PER_QUERY: Final = 500
 
@@ -93,7 +96,6 @@ class VolumeFacts:
     created: float
     nodes: dict[NodeId, NodeView]
     """All nodes of the cell."""
-    """Nodes that said that their disk is bad."""
     moves: dict[int, Move]
     owed: dict[int, Owed]
     """By slot, over all blocks of the volume."""
@@ -151,6 +153,8 @@ class NodeFacts:
     """By kind."""
     holding: tuple[VolumeId, ...]
     """The first volumes with a slot here: what a drain still has to move."""
+    jobs: tuple[Job, ...]
+    """About this node, and not ended; newest first."""
     events: tuple[Event, ...]
 
 
@@ -272,21 +276,30 @@ def read_node(connection: Connection, node_id: NodeId, away: Sequence[NodeId]) -
         holding=tuple(
             VolumeId(number) for number in connection.execute(first.limit(LISTED_MAX)).scalars()
         ),
+        jobs=tuple(
+            job
+            for job in read_jobs(connection, UNFINISHED, JOBS_ASKED)
+            if job.subject == str(node_id)
+        ),
         events=tuple(read_events(connection, node_id, EVENTS_OF_NODE)),
     )
 
 
 def _at_risk(connection: Connection, node_id: NodeId, away: Sequence[NodeId]) -> tuple[AtRisk, ...]:
-    """Slots that are vacant, or whose node is away, per volume that has a slot on the node."""
-    lost = [volume_slots.c.node_id.is_(None)]
+    """Slots that are vacant, whose node is away, or in which any block owes its fragment, per
+    volume that has a slot on the node: as status counts volumes."""
+    away_or_vacant = [volume_slots.c.node_id.is_(None)]
     for start in range(0, len(away), _NODES_PER_QUERY):
-        lost.append(volume_slots.c.node_id.in_(away[start : start + _NODES_PER_QUERY]))
+        away_or_vacant.append(volume_slots.c.node_id.in_(away[start : start + _NODES_PER_QUERY]))
     held = select(volume_slots.c.volume_id).where(volume_slots.c.node_id == str(node_id))
+    lost = union(
+        select(volume_slots.c.volume_id, volume_slots.c.slot).where(
+            volume_slots.c.volume_id.in_(held), or_(*away_or_vacant)
+        ),
+        select(debts.c.volume_id, debts.c.slot).where(debts.c.volume_id.in_(held)),
+    ).subquery()
     per_volume = (
-        select(volume_slots.c.volume_id, func.count().label("lost"))
-        .where(volume_slots.c.volume_id.in_(held), or_(*lost))
-        .group_by(volume_slots.c.volume_id)
-        .subquery()
+        select(lost.c.volume_id, func.count().label("lost")).group_by(lost.c.volume_id).subquery()
     )
     columns = volumes.c.scheme, per_volume.c.lost
     query = (

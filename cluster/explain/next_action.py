@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from cluster.change.jobs import Job, JobState
 from cluster.explain.facts import Move, NodeFacts, Owed, VolumeFacts
 from cluster.explain.risk import Risk
 from cluster.repair.plan import NodeWord, is_out, patience_s
@@ -17,6 +18,9 @@ from cluster.repair.settings import RepairSettings
 from cluster.topology import SERVES_READS, NodeState, NodeView
 from protocol.ids import NodeId
 from protocol.messages import ItemStatus
+
+BLOCKERS_NAMED: Final = 3
+"""Of each job; `haversack jobs show` has them all."""
 
 NOTHING: Final = "nothing to do"
 
@@ -37,6 +41,12 @@ class Times:
     """Nodes that some gateway reaches."""
     words: Mapping[NodeId, NodeWord] = field(default_factory=dict)
     """Of nodes that were asked just now."""
+
+    def is_out(self, view: NodeView) -> bool:
+        """Whether repair places the node's slots anew, as far as is known here."""
+        word = self.words.get(view.node_id, NodeWord.SILENT)
+        is_read = view.node_id in self.reached
+        return is_out(view, self.now, self.settings, word, is_read=is_read)
 
     def since(self, at: float) -> str:
         """`3 min`: how long ago."""
@@ -90,6 +100,7 @@ def next_of_node(facts: NodeFacts, times: Times) -> list[str]:
             if left
             else "it is draining and holds no slot any more: it will be drained"
         )
+        found += [said for job in facts.jobs for said in _blockers_of(job)]
     elif view.state is NodeState.DRAINED:
         found.append("it is drained: it may be removed, or taken back")
     elif view.state not in SERVES_READS and view.state is not NodeState.GONE:
@@ -106,14 +117,32 @@ def next_of_node(facts: NodeFacts, times: Times) -> list[str]:
     return found or [NOTHING]
 
 
-def headline(risk: Risk, more_urgent: int = 0) -> str:
-    """One line about redundancy."""
+def _blockers_of(job: Job) -> list[str]:
+    """What keeps a job from getting on, and whether anybody is at work on it at all."""
+    blockers = job.progress.blockers
+    found = [
+        f"{job.name} ({job.kind}) gets no further with {blocker.volume}: {blocker.reason}"
+        for blocker in blockers[:BLOCKERS_NAMED]
+    ]
+    if len(blockers) > BLOCKERS_NAMED:
+        found.append(
+            f"{job.name} has {len(blockers) - BLOCKERS_NAMED} more blockers: "
+            f"haversack jobs show {job.job_id}"
+        )
+    if job.state is JobState.PAUSED:
+        found.append(f"{job.name} ({job.kind}) is paused: haversack jobs resume {job.job_id}")
+    return found
+
+
+def headline(risk: Risk, before: int | None = None) -> str:
+    """One line about redundancy.  `before`: volumes that repair takes on first."""
     if risk.spare < 0:
         return f"UNREADABLE NOW: {risk.present} of {risk.needed} fragments that a read needs"
     full = risk.slots - risk.needed
     said = f"readable, {risk.spare} of {full} spare fragments"
-    if risk.spare < full and more_urgent:
-        said += f"; {more_urgent} blocks have fewer and come first"
+    if risk.spare < full and before is not None:
+        volumes = "1 volume is" if before == 1 else f"{before} volumes are"
+        said += f"; {volumes} repaired before it" if before else "; repair takes it next"
     return said
 
 
@@ -156,7 +185,7 @@ def _of_node(view: NodeView, times: Times) -> str:
         return f"{said}: its disk failed, its slots are placed anew"
     word = times.words.get(view.node_id, NodeWord.SILENT)
     is_read = view.node_id in times.reached
-    if is_out(view, times.now, times.settings, word, is_read=is_read):
+    if times.is_out(view):
         return f"{said}: it is out, its slots are placed anew as nodes can take them"
     if is_read:
         return f"{said}: a gateway reaches it, so its slots stay where they are"

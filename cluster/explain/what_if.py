@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from cluster.explain.domains import Domain, Level, domains_at, name_at
 from cluster.explain.slot_table import Int32s, Int64s, SlotTable
+from cluster.placement import spread_cap
 from cluster.topology import SERVES_READS
 from protocol.ids import NodeId, VolumeId
 
@@ -56,7 +57,8 @@ class Rebuilding:
     slots_without_target: int
     """No node is left that holds no other slot of their volume."""
     slots_beyond_spread: int
-    """A node is left, but then one rack (or host) would hold more than m slots of a volume."""
+    """A node is left, but then one rack (or host) would hold more slots of a volume than m, than
+    any holds now, and than the topology of now asks for: the loss makes the spread worse."""
     lost_slots: int
     """Of volumes that cannot be read: nothing can be made of them."""
     nodes: int
@@ -283,13 +285,16 @@ def _rebuilding(
 def _targets(
     table: SlotTable, present: Flags, rows: Int64s, missing: Int32s, takers: Flags
 ) -> tuple[int, int]:
-    """Slots that no node can take, and those that only a node beyond the spread cap can."""
+    """Slots that no node can take, and those that only a node beyond the spread of now can."""
     level = Level.RACK if len(domains_at(Level.RACK, table.nodes)) > 1 else Level.HOST
     domains = domains_at(level, table.nodes)
     owner = _owner_of(table, level, domains)
     width = max(len(domains), 1)
     free = np.bincount(owner[:-2][takers & (owner[:-2] >= 0)], minlength=width)
-    caps = table.per_row([max(scheme.m, 1) for scheme in table.schemes])
+    now = [node for node in table.nodes if node.takes_new_volumes]
+    caps = table.per_row(
+        [max(scheme.m, 1, spread_cap(now, scheme) if now else 0) for scheme in table.schemes]
+    )
     takes = np.concatenate((takers, np.zeros(2, np.bool_)))
     homeless = crowded = 0
     step = max(1, _CELLS_MAX // width)
@@ -300,10 +305,13 @@ def _targets(
         cells = number * width + owner[slots]
         shape = (len(chunk), width)
         held = np.bincount(cells[there], minlength=len(chunk) * width).reshape(shape)
+        placed = owner[slots] >= 0
+        most = np.bincount(cells[placed], minlength=len(chunk) * width).reshape(shape).max(axis=1)
+        cap = np.maximum(caps[chunk], most)
         own = there & takes[slots]
         busy = np.bincount(cells[own], minlength=len(chunk) * width).reshape(shape)
         open_nodes = free - busy
-        within = np.minimum(np.maximum(caps[chunk][:, None] - held, 0), open_nodes).sum(axis=1)
+        within = np.minimum(np.maximum(cap[:, None] - held, 0), open_nodes).sum(axis=1)
         lacking = missing[chunk]
         without = np.maximum(lacking - open_nodes.sum(axis=1), 0)
         homeless += int(without.sum())

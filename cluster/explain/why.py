@@ -15,6 +15,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from cluster import map_rows
+from cluster.change.jobs import job_json
 from cluster.events import Event, read_events
 from cluster.explain.facts import (
     LISTED_MAX,
@@ -35,8 +36,8 @@ from cluster.explain.next_action import (
     next_of_volume,
 )
 from cluster.explain.risk import assess
-from cluster.redundancy import blocks_by_spare
-from cluster.repair.plan import NodeWord, word_of
+from cluster.repair.plan import NodeWord, volumes_before, word_of
+from cluster.repair.repair_rows import read_view
 from cluster.repair.settings import RepairSettings
 from cluster.sightings import Sighting
 from cluster.status import node_json
@@ -103,11 +104,7 @@ class Explainer:
         """A block, with a live check of each slot.  `owners`: accounts whose claims to look for."""
         now = self._clock.wall()
 
-        def work(connection: Connection) -> tuple[BlockFacts | None, dict[int, int]]:
-            facts = read_block(connection, block, owners, now)
-            return facts, blocks_by_spare(connection)
-
-        facts, histogram = await self._db.read(work)
+        facts = await self._db.read(lambda connection: read_block(connection, block, owners, now))
         if facts is None:
             raise EntryNotFound(
                 f"block {block} is not in the index: it was never stored here, or nothing "
@@ -141,7 +138,7 @@ class Explainer:
                 "next": ["rebuild the table from the nodes: haversack fsck"],
                 "events": [_event_json(event) for event in facts.events],
             }
-        return {**answer, **await self._block_in_volume(facts, volume, histogram)}
+        return {**answer, **await self._block_in_volume(facts, volume)}
 
     async def volume(self, volume_id: VolumeId) -> dict[str, Any]:
         """A volume, as the tables say."""
@@ -224,6 +221,7 @@ class Explainer:
             "owed": facts.owed,
             "strays": facts.strays,
             "volumes": [str(volume_id) for volume_id in facts.holding],
+            "jobs": [job_json(job) for job in facts.jobs],
             "events": [_event_json(event) for event in facts.events],
         }
 
@@ -239,9 +237,7 @@ class Explainer:
 
     # -- parts ---------------------------------------------------------------------------------
 
-    async def _block_in_volume(
-        self, facts: BlockFacts, volume: VolumeFacts, histogram: Mapping[int, int]
-    ) -> dict[str, Any]:
+    async def _block_in_volume(self, facts: BlockFacts, volume: VolumeFacts) -> dict[str, Any]:
         checks = await self._verify(volume, facts.block)
         there = [slot for slot, check in checks.items() if check.intact]
         risk = assess(volume.view.scheme, volume.view.slots, there, volume.nodes)
@@ -254,16 +250,29 @@ class Explainer:
             owed = facts.owed.get(slot)
             shown["debt"] = owed and {"since": owed.since, "reason": owed.reason}
             slots.append(shown)
-        more_urgent = sum(count for spare, count in histogram.items() if spare < risk.spare)
-        around = _around(facts, volume)
+        times, around = self._times(), _around(facts, volume)
+        is_whole = risk.spare == volume.view.scheme.m
+        before = None if is_whole else await self._volumes_before(volume.view.volume_id, times)
         return {
-            "summary": headline(risk, more_urgent),
-            "next": next_of_block(volume, facts.owed, said, self._times()),
+            "summary": headline(risk, before),
+            "repaired_after_volumes": before,
+            "next": next_of_block(volume, facts.owed, said, times),
             "volume": _volume_json(volume),
             "slots": slots,
             "risk": risk.to_json(),
             "events": [_event_json(event) for event in around],
         }
+
+    async def _volumes_before(self, volume_id: VolumeId, times: Times) -> int | None:
+        """The volume's place in the order of repair, as its planner orders; None if repair has
+        nothing to do for it now, or so much that it is not among the worst."""
+
+        def work(connection: Connection) -> int | None:
+            out = {view.node_id for view in map_rows.read_nodes(connection) if times.is_out(view)}
+            view = read_view(connection, out, self._settings.volumes_seen_max)
+            return volumes_before(view, volume_id)
+
+        return await self._db.read(work)
 
     async def _verify(self, volume: VolumeFacts, block: BlockHash) -> dict[int, Check]:
         """Ask every slot's node at once; a node that is down is asked too, for it may be back."""

@@ -203,6 +203,14 @@ def plan_repair(view: RepairView, budget: RepairBudget, rng: random.Random) -> R
     return RepairPlan(tuple(repairs), tuple(blocked), _needless(view), left=losses - len(chosen))
 
 
+def volumes_before(view: RepairView, volume_id: VolumeId) -> int | None:
+    """How many volumes `plan_repair` takes on before this one; None if it lost nothing."""
+    nodes = {node.node_id: node for node in view.nodes}
+    losses = list(_losses(view, nodes))
+    own = next((loss for loss in losses if loss.volume_id == volume_id), None)
+    return None if own is None else sum(loss < own for loss in losses)
+
+
 def _moves_by_volume(moves: Iterable[MoveRow]) -> dict[VolumeId, dict[int, MoveRow]]:
     grouped: dict[VolumeId, dict[int, MoveRow]] = {}
     for move in moves:

@@ -157,6 +157,51 @@ def test_a_node_tells_what_it_holds_and_what_is_at_risk(cell: Cell) -> None:
         ]
 
 
+def test_at_risk_counts_debts_and_a_block_tells_its_place_in_the_order_of_repair(
+    cell: Cell,
+) -> None:
+    with cell.client() as admin:
+        names = [_store(admin, seed) for seed in range(20, 60)]
+        found = {name: _why(admin, name) for name in names}
+        first = names[0]
+        other = next(n for n in names if found[n]["volume"]["id"] != found[first]["volume"]["id"])
+        owe = "INSERT INTO debts VALUES (:v, :s, :h, :now, 'missing')"
+        for name, slots in ((first, (3,)), (other, (4, 5))):
+            number = int(found[name]["volume"]["id"][1:])
+            for slot in slots:
+                _sql(cell, owe, v=number, s=slot, h=bytes.fromhex(name), now=time.time() - 60)
+                node = found[name]["slots"][slot]["node"]
+                cell.disks[NodeId(node)].entries.pop(
+                    FragmentKey(VolumeId(number), BlockHash.parse(name), slot).pack()
+                )
+        holder = found[first]["slots"][0]["node"]
+        (risk,) = (r for r in _why(admin, holder)["at_risk"] if r["spare"] == 2)
+        assert found[first]["volume"]["id"] in risk["examples"]
+        assert _why(admin, other)["repaired_after_volumes"] == 0
+        assert _why(admin, other)["summary"].endswith("; repair takes it next")
+        assert _why(admin, first)["repaired_after_volumes"] == 1
+        assert _why(admin, first)["summary"].endswith("; 1 volume is repaired before it")
+        whole = next(n for n in names if n not in (first, other))
+        assert _why(admin, whole)["repaired_after_volumes"] is None
+
+
+def test_a_draining_node_tells_what_its_drain_waits_for(cell: Cell) -> None:
+    with cell.client() as admin:
+        _sql(cell, "UPDATE nodes SET state = 'draining' WHERE node_id = 'node-02'")
+        blocked = """INSERT INTO jobs VALUES (7, 'drain', 'node-02', '{}', 'running', 0, 0, 3, 9,
+            0, 0, 0, '', :b)"""
+        waits = [{"volume": f"v{number}", "reason": "add a node"} for number in range(1, 6)]
+        _sql(cell, blocked, b=json.dumps([{**blocker, "blocks": []} for blocker in waits]))
+        found = _why(admin, "node-02")
+        assert "job-7 (drain) gets no further with v1: add a node" in found["next"]
+        assert "job-7 has 2 more blockers: haversack jobs show 7" in found["next"]
+        assert [job["id"] for job in found["jobs"]] == [7]
+        _sql(cell, "UPDATE jobs SET state = 'paused'")
+        assert any(
+            "is paused: haversack jobs resume 7" in s for s in _why(admin, "node-02")["next"]
+        )
+
+
 def test_subjects_that_are_nothing_are_told_so(cell: Cell) -> None:
     with cell.client() as admin, cell.client("alice") as alice:
         for subject, status, kind in (

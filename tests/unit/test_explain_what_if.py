@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cell_rows import (
+    CLUSTER_ID,
     RS,
     SMALL,
     START,
@@ -16,10 +17,12 @@ from cell_rows import (
     new_block,
     new_cell,
     node_ids,
+    node_spec,
 )
 
 from cluster import map_rows
 from cluster.block_index import BlockIndex
+from cluster.cell import create_cell
 from cluster.explain.domains import Domain, Level, domains_at, resolve
 from cluster.explain.slot_table import SlotTable, read_slot_table
 from cluster.explain.what_if import Amount, lose, unreadable, worst_of
@@ -122,9 +125,25 @@ async def test_it_says_whether_the_rest_can_make_it_whole(db: Database, rows: Ro
     assert three.possible
     assert three.room_bytes == 9 << 30
     assert three.fragment_bytes == 3 * 5_000, "a sixth of 30,000 for each slot"
-    assert three.slots_beyond_spread == 3, "all nodes stand on one host"
+    assert three.slots_beyond_spread == 0, "all nodes stand on one host, now as then"
     four = lose(table, node(1, 2, 10, 11, 12)).rebuilding
     assert (four.slots, four.slots_without_target, four.possible) == (2, 2, False)
+
+
+async def test_a_spread_that_the_loss_makes_worse_is_said(tmp_path: Path) -> None:
+    """Three racks of four, nine slots in threes: two racks must take more than three each."""
+    database = empty_database(tmp_path)
+    specs = [node_spec(n + 1, rack=f"r{n % 3}", host=f"h{n}") for n in range(12)]
+    create_cell(database, HandClock(), CLUSTER_ID, RS, specs)
+    rows = Rows(database)
+    rows.register_all()
+    volume = rows.open_volume(RS, node_ids(9))
+    await BlockIndex(database, HandClock()).record_puts([new_block("a", volume)])
+    table = table_of(database)
+    assert lose(table, node(1)).rebuilding.slots_beyond_spread == 0, "its rack has another node"
+    rack = lose(table, domains_at(Level.RACK, table.nodes)[:1]).rebuilding
+    assert (rack.slots, rack.slots_without_target, rack.slots_beyond_spread) == (3, 1, 2)
+    database.close()
 
 
 async def test_too_little_room_is_said(db: Database, rows: Rows) -> None:

@@ -19,6 +19,7 @@ from cluster.repair.plan import (
     RepairView,
     is_out,
     plan_repair,
+    volumes_before,
 )
 from cluster.repair.settings import RepairSettings
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
@@ -210,6 +211,19 @@ def test_a_plan_takes_on_no_more_than_its_budget_and_the_worst_first() -> None:
     made = plan(nodes, volumes, budget=RepairBudget(10, 0.02))
     assert sorted(item.volume for item in made.repairs) == list(range(0, 100, 10))
     assert made.left == 90
+
+
+def test_a_volume_s_place_in_the_order_is_where_the_plan_takes_it_on() -> None:
+    nodes = [down(1), down(2), *(node(number) for number in range(3, 40))]
+    one, two = [1, *range(3, 11)], [1, 2, *range(3, 10)]
+    volumes = [volume(number, two if number % 10 == 0 else one) for number in range(40)]
+    volumes.append(volume(99, range(3, 12)))
+    view = RepairView(tuple(nodes), frozenset({NodeId.numbered(1), NodeId.numbered(2)}),
+                      tuple(volumes))  # fmt: skip
+    made = plan_repair(view, RepairBudget(100, 0.02), random.Random(1))
+    places = [volumes_before(view, item.volume) for item in made.repairs]
+    assert places == list(range(40))
+    assert volumes_before(view, VolumeId(99)) is None, "it lost nothing"
 
 
 def test_the_same_view_and_seed_give_the_same_plan() -> None:
