@@ -90,9 +90,10 @@ def _verification(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _finished(finished: dict[str, Any]) -> str:
-    """`pass 3 ended 2026-11-21 10:00: 1,204 blocks, no difference`."""
+    """`2026-11-21 10:00, every fragment read: 1,204 blocks, no difference`."""
     differences = finished["differences"]
-    said = f"pass {finished['number']} ended {figures.moment(finished['ended'])}: "
+    depth = "every fragment read" if finished["deep"] else "inventories compared"
+    said = f"{figures.moment(finished['ended'])}, {depth}: "
     said += f"{figures.plural(finished['blocks'], 'block')}, "
     said += (
         ", ".join(

@@ -53,8 +53,8 @@ def _verified(db: Database, subject: str, ended: float | None, **found: int) -> 
     for name, count in found.items():
         for _ in range(count):
             tally.add(Difference[name.upper()], VolumeId(1), BlockHash(bytes(32)), 0)
-    body = {"blocks": 30, "blocks_total": 120, "unlooked_slots": 2, "differences": tally.to_json()}
-    _note(db, "verify", subject, ended, **body)
+    looked = {"deep": True, "blocks": 30, "blocks_total": 120, "unlooked_slots": 2}
+    _note(db, "verify", subject, ended, **looked, differences=tally.to_json())
 
 
 def _status(db: Database) -> CellStatus:
@@ -128,7 +128,7 @@ def test_what_the_verifier_found_is_in_the_metrics_and_in_a_line(db: Database) -
     lines = _lines(db)
     assert lines["verifying"].endswith("25 % of 120 blocks")
     assert lines["verified"].endswith(
-        "30 blocks, 2 missing, 1 wrong bytes; 2 fragments not looked at"
+        "every fragment read: 30 blocks, 2 missing, 1 wrong bytes; 2 fragments not looked at"
     )
     assert lines["strays"] == "1 orphan (70 B)"
 
