@@ -15,7 +15,9 @@ is used); after a failed sync every write fails (the store says so itself and re
 
 from __future__ import annotations
 
+import gc
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,7 @@ from storage_node.extents import (
     Family,
     Item,
     Place,
+    family_of,
     fragment_of,
     pack_place,
     record_key,
@@ -143,7 +146,8 @@ class RocksStore:
         self._merger = merge.Merger(self._database, self._bulk, self._index, self._findings)
         try:
             self._recover()
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # its iterators would hold the LOCK
             self.close()
             raise
 
@@ -177,16 +181,23 @@ class RocksStore:
         with reading(self._directory):
             last = max(
                 self._totals.last_sequence,
-                self._last_sequence(self._extents),
-                self._last_sequence(self._small),
+                *map(self._last_sequence, self._bulk),
             )
         self._totals = self._totals.up_to(last)
 
-    def _last_sequence(self, family: Rdict) -> int:
-        entries = family.iter()
-        entries.seek_to_last()
-        last = sequence_of(entries.key()) if entries.valid() else 0
-        entries.status()
+    def _last_sequence(self, family: Family) -> int:
+        """From the last block of the newest file; where that is bad, from the manifest, which knows
+        the last key of each file.  One bad block must not keep all others from being served."""
+        try:
+            entries = self._bulk[family].iter()
+            entries.seek_to_last()
+            last = sequence_of(entries.key()) if entries.valid() else 0
+            entries.status()
+        except Exception as error:  # rocksdict raises plain Exception
+            if classify(error) is not DiskFailure.CORRUPT:
+                raise
+            ends = [file["end_key"] for file in self._database.live_files()]
+            return max((sequence_of(key) for key in ends if family_of(key) is family), default=0)
         return last
 
     def _index_again(self, group: list[tuple[bytes, Place]]) -> None:
@@ -605,6 +616,8 @@ class RocksStore:
                 # was acknowledged is in the WAL or in extents, and is found there at the next open.
                 self._failure = self._failure or f"closing failed: {error}"
             del self._database
+        # Errors met while reading hold their frames, and those iterators, until this runs.
+        gc.collect()
 
 
 def _state_key(name: str) -> bytes:

@@ -98,6 +98,29 @@ def file_of(store: RocksStore, directory: Path, number: int) -> Path:
 # -- scrub -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1 * KIB, LARGE])
+async def test_a_bad_last_block_is_a_finding_and_keeps_no_node_from_opening(
+    directory: Path, size: int
+) -> None:
+    """Where the newest sequence is looked for at each opening."""
+    store = rocks(directory)
+    put(store, *range(8), size=size)
+    store.flush()
+    store.close()
+    newest = max(file_holding(directory, noise(number, size)) for number in range(8))
+    last = max(n for n in range(8) if noise(n, size) in newest.read_bytes())
+    flip(newest, noise(last, size)[:100])
+    store = rocks(directory)
+    found = await scrubbed(store)
+    assert fragment_key(last) in found
+    assert set(found.values()) == {CORRUPT}
+    put(store, 100, size=size)
+    store.close()
+    store = rocks(directory)
+    assert_holds(store, 100, size=size)
+    store.close()
+
+
 async def test_a_flipped_byte_in_an_sst_file_is_a_finding_for_exactly_its_key(
     directory: Path,
 ) -> None:
