@@ -4,22 +4,21 @@ Last step of a put on a node, and the only step of a get there: `StorageNode` ca
 executor.  May not import asyncio, ray, or anything above `storage_node`.
 
 A put makes its records durable first (large ones in an extent, `storage_node/extents.py`), then
-writes the index entries in one batch with the totals.  Small records travel in that batch, which
-is then synced.  After an extent no sync is needed: were the tail of the WAL lost, the next open
-indexes the extent again from its own table (`_roll_forward`).
+writes the index entries in one batch with the totals (`rocks_ledger`).  Small records travel in
+that batch, which is then synced.  After an extent no sync is needed: were the tail of the WAL
+lost, the next open indexes the extent again from its own table (`roll_forward`).
 
 What RocksDB does badly and this file works around: one bad key fails a whole multi-get (asked
 again one by one); `keys()` and its kin end silently at a bad record (only `iter()` with `status()`
-is used); after a failed sync every write fails (the store says so itself and refuses).
+is used); after a failed sync every write fails (`write_guard` says so and refuses).
 """
 
 from __future__ import annotations
 
 import gc
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rocksdict import Rdict, WriteBatch
@@ -30,22 +29,18 @@ from protocol.errors import (
     NodeRefuses,
 )
 from protocol.hashing import Buffer, checksum64
-from protocol.limits import FRAME_BODY_BYTES_MAX, MIB
+from protocol.limits import FRAME_BODY_BYTES_MAX
 from protocol.messages import ItemStatus, PutPurpose
 from storage_node import findings as book
 from storage_node import identity, merge
-from storage_node.ballast import Ballast
 from storage_node.examine import examined
 from storage_node.extents import (
     Family,
     Item,
     Place,
     family_of,
-    fragment_of,
-    pack_place,
     record_key,
     sequence_of,
-    unpack_place,
     write_extent,
 )
 from storage_node.identity import INCOMING_DIRECTORY, STORE_DIRECTORY, Identity
@@ -57,6 +52,7 @@ from storage_node.interface import (
     StoreStats,
 )
 from storage_node.rocks_errors import DiskFailure, classify, open_error, reading, write_error
+from storage_node.rocks_ledger import Ledger
 from storage_node.rocks_options import (
     EXTENTS_FAMILY,
     INDEX_FAMILY,
@@ -67,15 +63,10 @@ from storage_node.rocks_options import (
     synced,
 )
 from storage_node.rocks_read import Reader, fetch
+from storage_node.rocks_upkeep import Upkeep
 from storage_node.roll_forward import unindexed_groups
 from storage_node.space import Space, space_of
-from storage_node.totals import TOTALS_KEY, Totals
-
-_UNSYNCED_GROUPS_MAX = 64
-"""Bounds what an open after a power cut has to index again."""
-
-_MERGE_MARGIN_BYTES = 1 * MIB
-"""Left alone by a rewrite on a nearly full disk: catalogue, log and tombstones grow as well."""
+from storage_node.write_guard import WriteGuard
 
 _STORE_ID = "store_id"
 _GONE = StoredRecord(ItemStatus.NOT_FOUND, None)
@@ -120,30 +111,33 @@ class RocksStore:
         self._families = family_options(options, create=create)
         self._ingest = move_into_place()
         self._synced = synced()
-        self._lock = threading.Lock()  # a put and a merge both change the totals
-        self._failure: str | None = None
-        self._closed = False
-        self._unsynced_groups = 0
+        self._guard = WriteGuard(directory, options)
         self._findings: dict[bytes, Finding] = {}
         self._counters = dict.fromkeys(
             ("extents_written", "batches_synced", "rolled_forward", "tables_unreadable"), 0
         )
-        self._ballast = Ballast(directory, options.ballast_bytes)
         path = directory / STORE_DIRECTORY
         if not create and not (path / "CURRENT").exists():
             raise DirectoryForeign(
                 f"{directory} holds no store where one was created before",
                 {"directory": str(directory)},
             )
-        self._ballast.balance(options.free_bytes(directory))
+        self._guard.balance()
         try:
             self._open(path)
         except Exception as error:
             raise open_error(error, directory) from error
         self._bulk = {Family.EXTENTS: self._extents, Family.SMALL: self._small}
-        self._handles = {Family.EXTENTS: self._extents_handle, Family.SMALL: self._small_handle}
         self._reader = Reader(self._index, self._bulk)
-        self._merger = merge.Merger(self._database, self._bulk, self._index, self._findings)
+        self._ledger = Ledger(self._database, self._index, self._index_handle, self._counters)
+        # No local variable here may refer to RocksDB: in an error's frame it would hold the LOCK.
+        self._upkeep = Upkeep(
+            directory,
+            merge.Merger(self._database, self._bulk, self._index, self._findings),
+            self._ledger,
+            self._guard,
+            {Family.EXTENTS: self._extents_handle, Family.SMALL: self._small_handle},
+        )
         try:
             self._recover()
         except BaseException as error:
@@ -168,22 +162,21 @@ class RocksStore:
         for leftover in self._incoming.glob("*.sst"):
             leftover.unlink()  # never ingested: its put was not acknowledged
         with reading(self._directory):
-            row = self._database.get(TOTALS_KEY)
-            self._totals = Totals() if row is None else Totals.unpack(row)
+            self._ledger.load()
             self._findings.update(self._load_findings())
             found = unindexed_groups(
-                self._database.live_files(), self._extents, self._totals.last_sequence
+                self._database.live_files(), self._extents, self._ledger.totals.last_sequence
             )
         self._counters["tables_unreadable"] = found.unreadable
         for group in found.groups:
-            with self._writing("indexing an extent again"):
+            with self._guard.writing("indexing an extent again"):
                 self._index_again(group)
         with reading(self._directory):
             last = max(
-                self._totals.last_sequence,
+                self._ledger.totals.last_sequence,
                 *map(self._last_sequence, self._bulk),
             )
-        self._totals = self._totals.up_to(last)
+        self._ledger.totals = self._ledger.totals.up_to(last)
 
     def _last_sequence(self, family: Family) -> int:
         """From the last block of the newest file; where that is bad, from the manifest, which knows
@@ -203,12 +196,12 @@ class RocksStore:
     def _index_again(self, group: list[tuple[bytes, Place]]) -> None:
         batch = WriteBatch(raw_mode=True)
         here = dict(group)
-        known = self._places(list(here))
+        known = self._ledger.places(list(here))
         # An entry that is there already was only not counted: a family was flushed by itself.
         old = {key: place for key, place in known.items() if place != here[key]}
-        totals = self._add_places(batch, group, old, self._totals)
+        totals = self._ledger.add_places(batch, group, old)
         last = group[-1][1].sequence + 1  # the end mark's
-        self._commit(batch, totals.up_to(max(last, totals.last_sequence)), sync=True)
+        self._ledger.commit(batch, totals.up_to(max(last, totals.last_sequence)), sync=True)
         self._counters["rolled_forward"] += len(group)
 
     # -- writing ---------------------------------------------------------------------------
@@ -222,11 +215,11 @@ class RocksStore:
         latest = {key.pack(): record for key, record in records}
         if not latest:
             return
-        with self._lock:
-            self._check_writable()
+        with self._guard.lock:
+            self._guard.check_writable()
             size = sum(len(record) for record in latest.values())
             self._check_room(size, purpose)
-            with self._writing("storing a group"):
+            with self._guard.writing("storing a group"):
                 self._put(
                     [
                         Item(key, record if type(record) is bytes else bytes(record), 0)
@@ -249,9 +242,9 @@ class RocksStore:
 
     def _put(self, items: list[Item]) -> None:
         items = [item._replace(checksum=checksum64(item.record)) for item in items]
-        old = self._places([item.key for item in items])
+        old = self._ledger.places([item.key for item in items])
         large, small = self._split(items)
-        sequence = self._totals.last_sequence + 1
+        sequence = self._ledger.totals.last_sequence + 1
         placed: list[tuple[bytes, Place]] = []
         batch = WriteBatch(raw_mode=True)
         if large:
@@ -266,9 +259,9 @@ class RocksStore:
             batch.put(record_key(Family.SMALL, sequence, item.key), item.record, self._small_handle)
             placed.append((item.key, place))
             sequence += 1
-        totals = self._add_places(batch, placed, old, self._totals)
-        late = self._unsynced_groups >= _UNSYNCED_GROUPS_MAX
-        self._commit(batch, totals.up_to(sequence - 1), sync=bool(small) or late)
+        totals = self._ledger.add_places(batch, placed, old)
+        sync = bool(small) or self._ledger.must_sync
+        self._ledger.commit(batch, totals.up_to(sequence - 1), sync=sync)
 
     def _split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
         """What goes into an extent, and what goes into the batch."""
@@ -300,63 +293,30 @@ class RocksStore:
                 raise
             raise write_error(error, self._directory) from error
 
-    def _add_places(
-        self,
-        batch: WriteBatch,
-        placed: list[tuple[bytes, Place]],
-        old: dict[bytes, Place],
-        totals: Totals,
-    ) -> Totals:
-        for key, place in placed:
-            batch.put(key, pack_place(place), self._index_handle)
-        for key, place in old.items():
-            self._add_dead(batch, key, place)
-        return totals.died(len(old), sum(place.length for place in old.values())).stored(
-            len(placed), sum(place.length for _, place in placed)
-        )
-
-    def _add_dead(self, batch: WriteBatch, key: bytes, place: Place) -> None:
-        mark = merge.dead_key(record_key(place.family, place.sequence, key))
-        batch.put(mark, merge.pack_dead(place.length))
-
-    def _commit(self, batch: WriteBatch, totals: Totals, *, sync: bool) -> None:
-        batch.put(TOTALS_KEY, totals.pack())
-        if sync:
-            self._database.write(batch, self._synced)
-            self._unsynced_groups = 0
-            self._counters["batches_synced"] += 1
-        else:
-            self._database.write(batch)
-            self._unsynced_groups += 1
-            self._counters["extents_written"] += 1
-        self._totals = totals
-
     def delete_group(self, keys: Sequence[FragmentKey]) -> list[ItemStatus]:
         """Take out of the index; durable on return.  Space comes back when extents are merged."""
         packed = [key.pack() for key in keys]
-        with self._lock:
-            self._check_writable()
-            self._make_room()
-            with self._writing("deleting a group"):
-                known = self._places(list(dict.fromkeys(packed)))
+        with self._guard.lock:
+            self._guard.check_writable()
+            self._guard.make_room()
+            with self._guard.writing("deleting a group"):
+                known = self._ledger.places(list(dict.fromkeys(packed)))
                 if known:
                     batch = WriteBatch(raw_mode=True)
-                    for key, place in known.items():
-                        batch.delete(key, self._index_handle)
-                        self._add_dead(batch, key, place)
+                    totals = self._ledger.remove(batch, known)
+                    for key in known:
                         batch.delete(book.finding_row_key(key))
-                    gone = sum(place.length for place in known.values())
-                    self._commit(batch, self._totals.died(len(known), gone), sync=True)
+                    self._ledger.commit(batch, totals, sync=True)
                 for key in known:
                     self._findings.pop(key, None)
         return [ItemStatus.OK if key in known else ItemStatus.NOT_FOUND for key in packed]
 
     def put_state(self, values: dict[str, bytes]) -> None:
         """Set node state; durable on return."""
-        with self._lock:
-            self._check_writable()
-            self._make_room()
-            with self._writing("writing node state"):
+        with self._guard.lock:
+            self._guard.check_writable()
+            self._guard.make_room()
+            with self._guard.writing("writing node state"):
                 batch = WriteBatch(raw_mode=True)
                 for name, value in values.items():
                     batch.put(_state_key(name), value)
@@ -364,7 +324,7 @@ class RocksStore:
 
     def flush(self) -> None:
         """Move what is in memory and in the WAL into files."""
-        with self._lock, self._writing("flushing"):
+        with self._guard.lock, self._guard.writing("flushing"):
             for family in (self._index, self._small, self._database):  # totals last
                 family.flush()
 
@@ -379,41 +339,13 @@ class RocksStore:
                 {"directory": str(self._directory), "needed": size, "free": free},
             )
 
-    def _make_room(self) -> None:
-        """Before a write that must succeed on a full disk."""
-        if self._ballast.is_held:
-            self._ballast.balance(self._options.free_bytes(self._directory))
-
-    def _check_writable(self) -> None:
-        if self._closed:
-            raise NodeRefuses(f"{self._directory} is closed")
-        if self._failure is not None:
-            raise NodeRefuses(
-                f"{self._directory} takes no writes until it is opened again: {self._failure}",
-                {"directory": str(self._directory)},
-            )
-
-    @contextmanager
-    def _writing(self, doing: str) -> Iterator[None]:
-        """After any failure in here the store takes no further write: RocksDB would not either,
-        and what reached the disk is known again only after an open."""
-        try:
-            yield
-        except NodeFull:
-            raise  # before anything was changed
-        except Exception as error:
-            if classify(error) is DiskFailure.NO_SPACE:
-                self._ballast.give_up()  # so that the store can be opened again, and deletes work
-            self._failure = f"{doing} failed: {error}"
-            raise write_error(error, self._directory) from error
-
     # -- reading ---------------------------------------------------------------------------
 
     def get_many(
         self, keys: Sequence[FragmentKey], bytes_max: int = FRAME_BODY_BYTES_MAX
     ) -> list[StoredRecord]:
         """One answer per key, in order; each record matched the checksum in its index entry."""
-        if self._closed:
+        if self._guard.closed:
             raise NodeRefuses(f"{self._directory} is closed")
         answers = self._reader.get_many(keys, bytes_max)
         if self._findings:
@@ -422,15 +354,6 @@ class RocksStore:
                 if finding is not None and finding.status is ItemStatus.CORRUPT:
                     answers[number] = StoredRecord(ItemStatus.CORRUPT, None)
         return answers
-
-    def _places(self, keys: list[bytes]) -> dict[bytes, Place]:
-        """Index entries of those keys that have one.  Raises what rocksdict raises."""
-        entries = fetch(self._index, keys)
-        return {
-            key: unpack_place(entry)
-            for key, entry in zip(keys, entries, strict=True)
-            if entry is not None
-        }
 
     def inventory(
         self, after: FragmentKey | None, limit: int
@@ -457,10 +380,10 @@ class RocksStore:
 
     def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
         """Look once more, and note what is still bad; durable on return."""
-        with self._lock:
-            self._check_writable()
-            self._make_room()
-            with self._writing("setting fragments aside"):
+        with self._guard.lock:
+            self._guard.check_writable()
+            self._guard.make_room()
+            with self._guard.writing("setting fragments aside"):
                 held = [key for key in keys if self._is_indexed(key.pack())]
                 change = book.look_again(self._findings, held, self.examine, at)
                 self._write_findings(change)
@@ -508,66 +431,16 @@ class RocksStore:
 
         Crash-safe at every step; see `storage_node/merge.py`.
         """
-        self._ballast.balance(self._options.free_bytes(self._directory))
-        with self._lock:
-            self._check_writable()
-            with self._writing("syncing the index"):
-                self._database.flush_wal(True)
-            self._unsynced_groups = 0
-            plan = self._merger.plan(
-                budget_bytes,
-                dead_bytes=self._totals.dead_bytes,
-                room_bytes=self._options.free_bytes(self._directory) - _MERGE_MARGIN_BYTES,
-                is_short=self.space().is_short,
-            )
-            if plan is None:
-                with self._writing("counting space that came back before"):
-                    self._settle(self._merger.stale_marks())
-                return 0
-        with reading(self._directory):
-            survey = self._merger.survey(plan)
-        if survey is None:
-            return 0
-        with self._lock:
-            self._check_writable()
-            with self._writing("dropping deleted records"):
-                self._drop_dead(plan.family, survey)
-        if not self._merger.compact(plan):
-            return 0
-        with self._lock:
-            self._check_writable()
-            with self._writing("counting the space that came back"):
-                gone = [key for key in survey.dead if fragment_of(key) is not None]
-                self._settle(gone + survey.stale)
-        return plan.size
-
-    def _drop_dead(self, family: Family, survey: merge.Survey) -> None:
-        if not survey.dead:
-            return
-        batch = WriteBatch(raw_mode=True)
-        for key in survey.dead:
-            batch.delete(key, self._handles[family])
-        self._database.write(batch, self._synced)
-        self._bulk[family].flush()
-
-    def _settle(self, gone: list[bytes]) -> None:
-        """Take the marks of records away that are gone now."""
-        marks = [merge.dead_key(key) for key in gone]
-        values = fetch(self._database, marks)
-        known = {
-            mark: value for mark, value in zip(marks, values, strict=True) if value is not None
-        }
-        if not known:
-            return
-        batch = WriteBatch(raw_mode=True)
-        for mark in known:
-            batch.delete(mark)
-        length = sum(map(merge.unpack_dead, known.values()))
-        self._commit(batch, self._totals.reclaimed(len(known), length), sync=True)
+        self._guard.balance()
+        return self._upkeep.tidy(
+            budget_bytes,
+            lambda: self._options.free_bytes(self._directory),
+            lambda: self.space().is_short,
+        )
 
     def stats(self) -> StoreStats:
         """Counts as of the last write."""
-        totals = self._totals
+        totals = self._ledger.totals
         with reading(self._directory):
             disk = sum(
                 family.property_int_value("rocksdb.total-sst-files-size") or 0
@@ -575,7 +448,7 @@ class RocksStore:
             )
         counters = {
             **self._counters,
-            **self._merger.counters,
+            **self._upkeep.merger.counters,
             "dead_records": totals.dead_records,
             "dead_bytes": totals.dead_bytes,
             "findings": len(self._findings),
@@ -586,7 +459,7 @@ class RocksStore:
         """What the records take, deleted ones too, and what puts may still take."""
         options = self._options
         return space_of(
-            self._totals.fragment_bytes + self._totals.dead_bytes,
+            self._ledger.totals.fragment_bytes + self._ledger.totals.dead_bytes,
             options.free_bytes(self._directory),
             options.capacity_bytes,
             options.reserve_bytes,
@@ -601,12 +474,13 @@ class RocksStore:
 
     def close(self) -> None:
         """Flush and let go of the directory.  Idempotent."""
-        if self._closed:
+        if self._guard.closed:
             return
-        with self._lock:
-            self._closed = True
+        with self._guard.lock:
+            self._guard.closed = True
             # RocksDB keeps the LOCK while any object still refers to it.
-            del self._merger, self._reader, self._bulk, self._handles
+            self._ledger.let_go()
+            del self._upkeep, self._reader, self._bulk
             del self._index, self._extents, self._small
             del self._index_handle, self._extents_handle, self._small_handle
             try:
@@ -614,7 +488,7 @@ class RocksStore:
             except Exception as error:  # noqa: BLE001  rocksdict raises nothing more precise
                 # It could not move the WAL's content into files, on a full or failing disk.  What
                 # was acknowledged is in the WAL or in extents, and is found there at the next open.
-                self._failure = self._failure or f"closing failed: {error}"
+                self._guard.failure = self._guard.failure or f"closing failed: {error}"
             del self._database
         # Errors met while reading hold their frames, and those iterators, until this runs.
         gc.collect()

@@ -23,7 +23,7 @@ from protocol.errors import (
 from protocol.ids import NodeId
 from protocol.limits import KIB, MIB
 from protocol.messages import ItemStatus
-from storage_node import merge, merge_plan, rocks_store
+from storage_node import extents, merge, merge_plan, rocks_store
 from storage_node.identity import Identity, initialise
 from storage_node.interface import FragmentKey
 from storage_node.rocks_options import StoreOptions
@@ -218,7 +218,7 @@ def test_a_crash_between_the_extent_and_its_index_entries_leaves_both_or_more(
         shutil.copytree(directory, tmp_path / "copy")
         raise RuntimeError("the machine is gone")
 
-    monkeypatch.setattr(store, "_commit", power_cut)
+    monkeypatch.setattr(store._ledger, "commit", power_cut)
     with pytest.raises(DirectoryCorrupt):
         put(store, 2, 3)
     store.close()
@@ -248,12 +248,12 @@ def test_sequences_are_never_used_again(directory: Path, eager_merges: None) -> 
     put(store, 1)
     put(store, 2)
     put(store, 3, size=100)
-    last = store._totals.last_sequence
+    last = store._ledger.totals.last_sequence
     store.delete_group([fragment_key(n) for n in (1, 2, 3)])
     assert store.tidy(64 * MIB) > 0  # the highest extents are gone from the disk
     store.close()
     store = rocks(directory)
-    assert store._totals.last_sequence >= last
+    assert store._ledger.totals.last_sequence >= last
     store.close()
 
 
@@ -345,11 +345,11 @@ def key_of_first(store: RocksStore) -> bytes:
 def test_a_record_in_another_records_place_is_corrupt(directory: Path) -> None:
     store = rocks(directory)
     put(store, 1, 2, size=100)
-    places = store._places([fragment_key(1).pack(), fragment_key(2).pack()])
+    places = store._ledger.places([fragment_key(1).pack(), fragment_key(2).pack()])
     swapped = WriteBatch(raw_mode=True)
     one, two = fragment_key(1).pack(), fragment_key(2).pack()
     swapped.put(
-        rocks_store.record_key(places[one].family, places[one].sequence, one),
+        extents.record_key(places[one].family, places[one].sequence, one),
         noise(2, 100),
         store._small_handle,
     )
@@ -510,7 +510,7 @@ def test_a_crash_at_any_step_of_a_merge_loses_and_hides_nothing(
     for number in range(8):
         put(store, number)
     store.delete_group([fragment_key(2), fragment_key(7)])
-    owner: object = store if step == "_drop_dead" else merge.Merger
+    owner: object = store._upkeep if step == "_drop_dead" else merge.Merger
     copies: list[Path] = []
     real = getattr(owner, step)
 

@@ -87,7 +87,7 @@ def start(script: str) -> subprocess.Popen[bytes]:
 def file_of(store: RocksStore, directory: Path, number: int) -> Path:
     """The SST file that RocksDB says holds the record."""
     packed = fragment_key(number).pack()
-    place = store._places([packed])[packed]
+    place = store._ledger.places([packed])[packed]
     for file in store._database.live_files():
         first, last = file["start_key"], file["end_key"]
         if first[:1] == b"E" and first[1:9] <= place.sequence.to_bytes(8, "big") <= last[1:9]:
@@ -185,7 +185,7 @@ async def test_a_record_that_is_gone_is_told_from_one_that_was_never_there(
     store = rocks(directory)
     put(store, *range(4), size=10)
     packed = fragment_key(1).pack()
-    place = store._places([packed])[packed]
+    place = store._ledger.places([packed])[packed]
     store._small.delete(b"S" + place.sequence.to_bytes(8, "big") + packed)
     assert await scrubbed(store) == {fragment_key(1): NOT_FOUND}
     put(store, 1, size=10)
@@ -315,7 +315,7 @@ def test_what_is_set_aside_is_kept_by_upkeep_until_a_replacement_was_read_back(
     store.close()
 
 
-@pytest.mark.parametrize("kill_at", ["survey", "compact", "_settle"])
+@pytest.mark.parametrize("kill_at", ["survey", "compact", "settle"])
 def test_killed_while_space_is_reclaimed_nothing_is_lost_and_the_space_comes_back(
     directory: Path, kill_at: str
 ) -> None:
@@ -325,15 +325,15 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from node_parts import fragment_key, fragment_record, rocks, LARGE
 from storage_node.merge import Merger
-from storage_node.rocks_store import RocksStore
+from storage_node.rocks_ledger import Ledger
 store = rocks(Path({str(directory)!r}))
 for n in range(40):
     store.put_group([fragment_record(n, LARGE)])
 store.delete_group([fragment_key(n) for n in range(40) if n % 4])
-owner = RocksStore if {kill_at!r} == "_settle" else Merger
+owner = Ledger if {kill_at!r} == "settle" else Merger
 real = getattr(owner, {kill_at!r})
 def watched(*arguments):
-    done = real(*arguments) if {kill_at!r} != "_settle" else None
+    done = real(*arguments) if {kill_at!r} != "settle" else None
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(owner, {kill_at!r}, watched)
 store.tidy({64 * MIB})
