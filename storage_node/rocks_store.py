@@ -33,7 +33,6 @@ from protocol.limits import FRAME_BODY_BYTES_MAX
 from protocol.messages import ItemStatus, PutPurpose
 from storage_node import findings as book
 from storage_node import identity, merge
-from storage_node.examine import examined
 from storage_node.extents import (
     Family,
     Item,
@@ -52,6 +51,7 @@ from storage_node.interface import (
     StoreStats,
 )
 from storage_node.rocks_errors import DiskFailure, classify, open_error, reading, write_error
+from storage_node.rocks_findings import RocksFindings
 from storage_node.rocks_ledger import Ledger
 from storage_node.rocks_options import (
     EXTENTS_FAMILY,
@@ -62,14 +62,13 @@ from storage_node.rocks_options import (
     move_into_place,
     synced,
 )
-from storage_node.rocks_read import Reader, fetch
+from storage_node.rocks_read import Reader
 from storage_node.rocks_upkeep import Upkeep
 from storage_node.roll_forward import unindexed_groups
 from storage_node.space import Space, space_of
 from storage_node.write_guard import WriteGuard
 
 _STORE_ID = "store_id"
-_GONE = StoredRecord(ItemStatus.NOT_FOUND, None)
 
 
 def open_store(
@@ -112,7 +111,6 @@ class RocksStore:
         self._ingest = move_into_place()
         self._synced = synced()
         self._guard = WriteGuard(directory, options)
-        self._findings: dict[bytes, Finding] = {}
         self._counters = dict.fromkeys(
             ("extents_written", "batches_synced", "rolled_forward", "tables_unreadable"), 0
         )
@@ -130,10 +128,11 @@ class RocksStore:
         self._bulk = {Family.EXTENTS: self._extents, Family.SMALL: self._small}
         self._reader = Reader(self._index, self._bulk)
         self._ledger = Ledger(self._database, self._index, self._index_handle, self._counters)
+        self._findings = RocksFindings(self._database, self._index, self._reader)
         # No local variable here may refer to RocksDB: in an error's frame it would hold the LOCK.
         self._upkeep = Upkeep(
             directory,
-            merge.Merger(self._database, self._bulk, self._index, self._findings),
+            merge.Merger(self._database, self._bulk, self._index, self._findings.found),
             self._ledger,
             self._guard,
             {Family.EXTENTS: self._extents_handle, Family.SMALL: self._small_handle},
@@ -163,7 +162,7 @@ class RocksStore:
             leftover.unlink()  # never ingested: its put was not acknowledged
         with reading(self._directory):
             self._ledger.load()
-            self._findings.update(self._load_findings())
+            self._findings.load()
             found = unindexed_groups(
                 self._database.live_files(), self._extents, self._ledger.totals.last_sequence
             )
@@ -226,19 +225,10 @@ class RocksStore:
                         for key, record in latest.items()
                     ]
                 )
-                if self._findings:
-                    self._end_replaced([key for key in latest if key in self._findings])
-
-    def _end_replaced(self, keys: list[bytes]) -> None:
-        """End findings whose new record reads back well; until then the old one is kept."""
-        fragments = [FragmentKey.unpack(key) for key in keys]
-        answers = self.examine(fragments)
-        ended = [
-            key
-            for key, fragment, answer in zip(keys, fragments, answers, strict=True)
-            if examined(fragment, answer).status is ItemStatus.OK
-        ]
-        self._write_findings(book.Change({}, ended))
+                if self._findings.found:
+                    self._findings.end_replaced(
+                        [key for key in latest if key in self._findings.found]
+                    )
 
     def _put(self, items: list[Item]) -> None:
         items = [item._replace(checksum=checksum64(item.record)) for item in items]
@@ -308,7 +298,7 @@ class RocksStore:
                         batch.delete(book.finding_row_key(key))
                     self._ledger.commit(batch, totals, sync=True)
                 for key in known:
-                    self._findings.pop(key, None)
+                    self._findings.found.pop(key, None)
         return [ItemStatus.OK if key in known else ItemStatus.NOT_FOUND for key in packed]
 
     def put_state(self, values: dict[str, bytes]) -> None:
@@ -348,9 +338,9 @@ class RocksStore:
         if self._guard.closed:
             raise NodeRefuses(f"{self._directory} is closed")
         answers = self._reader.get_many(keys, bytes_max)
-        if self._findings:
+        if self._findings.found:
             for number, key in enumerate(keys):
-                finding = self._findings.get(key.pack())
+                finding = self._findings.found.get(key.pack())
                 if finding is not None and finding.status is ItemStatus.CORRUPT:
                     answers[number] = StoredRecord(ItemStatus.CORRUPT, None)
         return answers
@@ -376,7 +366,7 @@ class RocksStore:
 
     def examine(self, keys: Sequence[FragmentKey]) -> list[StoredRecord]:
         """Read records, also those set aside; one that is gone answers NOT_FOUND."""
-        return self._reader.get_many(keys, FRAME_BODY_BYTES_MAX, _GONE)
+        return self._findings.examine(keys)
 
     def set_aside(self, keys: Sequence[FragmentKey], at: float) -> int:
         """Look once more, and note what is still bad; durable on return."""
@@ -384,45 +374,11 @@ class RocksStore:
             self._guard.check_writable()
             self._guard.make_room()
             with self._guard.writing("setting fragments aside"):
-                held = [key for key in keys if self._is_indexed(key.pack())]
-                change = book.look_again(self._findings, held, self.examine, at)
-                self._write_findings(change)
-        return len(change.noted)
-
-    def _is_indexed(self, key: bytes) -> bool:
-        """Also if its entry cannot be read: then the fragment is bad, not absent."""
-        try:
-            return fetch(self._index, [key])[0] is not None
-        except Exception:  # noqa: BLE001  rocksdict raises nothing more precise
-            return True
-
-    def _write_findings(self, change: book.Change) -> None:
-        if not change.noted and not change.ended:
-            return
-        batch = WriteBatch(raw_mode=True)
-        for key, finding in change.noted.items():
-            batch.put(book.finding_row_key(key), book.pack_finding(finding))
-        for key in change.ended:
-            batch.delete(book.finding_row_key(key))
-        self._database.write(batch, self._synced)
-        self._findings.update(change.noted)
-        for key in change.ended:
-            del self._findings[key]
+                return self._findings.set_aside(keys, at)
 
     def findings(self, after: FragmentKey | None, limit: int) -> tuple[list[Finding], bool]:
         """A page of open findings in key order."""
-        return book.page_of(self._findings, after, limit)
-
-    def _load_findings(self) -> dict[bytes, Finding]:
-        found: dict[bytes, Finding] = {}
-        rows = self._database.iter()
-        rows.seek(book.FINDING_PREFIX)
-        while rows.valid() and rows.key().startswith(book.FINDING_PREFIX):
-            key = rows.key()[len(book.FINDING_PREFIX) :]
-            found[key] = book.unpack_finding(key, rows.value())
-            rows.next()
-        rows.status()
-        return found
+        return book.page_of(self._findings.found, after, limit)
 
     # -- upkeep ----------------------------------------------------------------------------
 
@@ -451,7 +407,7 @@ class RocksStore:
             **self._upkeep.merger.counters,
             "dead_records": totals.dead_records,
             "dead_bytes": totals.dead_bytes,
-            "findings": len(self._findings),
+            "findings": len(self._findings.found),
         }
         return StoreStats(totals.fragments, totals.fragment_bytes, disk, counters)
 
@@ -480,6 +436,7 @@ class RocksStore:
             self._guard.closed = True
             # RocksDB keeps the LOCK while any object still refers to it.
             self._ledger.let_go()
+            self._findings.let_go()
             del self._upkeep, self._reader, self._bulk
             del self._index, self._extents, self._small
             del self._index_handle, self._extents_handle, self._small_handle
