@@ -18,7 +18,7 @@ from cluster.topology import NodeState
 from cluster.verify.canaries import CanaryState
 from cluster.verify.differences import STRAYS, Difference
 
-NODES_LABELLED_MAX: Final = 500
+NODES_LABELLED_MAX: Final = 200
 """Nodes with series of their own, first by name: a scrape of more would hold up a gateway's event
 loop.  The status has them all."""
 

@@ -124,11 +124,10 @@ def _blockers_of(job: Job) -> list[str]:
         f"{job.name} ({job.kind}) gets no further with {blocker.volume}: {blocker.reason}"
         for blocker in blockers[:BLOCKERS_NAMED]
     ]
-    if len(blockers) > BLOCKERS_NAMED:
-        found.append(
-            f"{job.name} has {len(blockers) - BLOCKERS_NAMED} more blockers: "
-            f"haversack jobs show {job.job_id}"
-        )
+    rest = len(blockers) - BLOCKERS_NAMED
+    if rest > 0:
+        volumes = "1 more volume" if rest == 1 else f"{rest} more volumes"
+        found.append(f"{job.name} waits for {volumes}: haversack jobs show {job.job_id}")
     if job.state is JobState.PAUSED:
         found.append(f"{job.name} ({job.kind}) is paused: haversack jobs resume {job.job_id}")
     return found

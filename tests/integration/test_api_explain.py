@@ -194,7 +194,7 @@ def test_a_draining_node_tells_what_its_drain_waits_for(cell: Cell) -> None:
         _sql(cell, blocked, b=json.dumps([{**blocker, "blocks": []} for blocker in waits]))
         found = _why(admin, "node-02")
         assert "job-7 (drain) gets no further with v1: add a node" in found["next"]
-        assert "job-7 has 2 more blockers: haversack jobs show 7" in found["next"]
+        assert "job-7 waits for 2 more volumes: haversack jobs show 7" in found["next"]
         assert [job["id"] for job in found["jobs"]] == [7]
         _sql(cell, "UPDATE jobs SET state = 'paused'")
         assert any(
