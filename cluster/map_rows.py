@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, case, delete, insert, select, update
 
+from cluster.events import DETAIL_CHARACTERS_MAX
 from cluster.schema import cell, map_version, nodes, volume_slots, volumes
 from cluster.topology import NodeState, NodeView, VolumeState, VolumeView
 from erasure.scheme import Scheme
@@ -144,6 +145,20 @@ def begin_incarnation(connection: Connection, registration: NodeRegistration, ve
             free_bytes=case(
                 (nodes.c.incarnation == 0, registration.capacity_bytes), else_=nodes.c.free_bytes
             ),
+            changed=version,
+        )
+    )
+
+
+def note_refusal(connection: Connection, registration: NodeRegistration, version: int) -> None:
+    """A node process does not serve its directory: where it can be asked, and why."""
+    connection.execute(
+        update(nodes)
+        .where(nodes.c.node_id == registration.node_id)
+        .values(
+            endpoint=registration.endpoint,
+            pid=registration.pid,
+            detail=registration.refusal[:DETAIL_CHARACTERS_MAX],
             changed=version,
         )
     )

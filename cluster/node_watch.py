@@ -106,6 +106,11 @@ class NodeWatch:
         """Rows as last adopted, in id order."""
         return tuple(self._nodes[node_id].view for node_id in sorted(self._nodes))
 
+    def answers(self, node_id: NodeId) -> bool:
+        """Whether a process of the node served it at the last push."""
+        health = self._nodes.get(node_id)
+        return health is not None and health.answered
+
     # -- pushing -------------------------------------------------------------------------------
 
     def push_due(self) -> None:

@@ -55,7 +55,14 @@ from cluster.topology import (
 )
 from erasure.scheme import Scheme
 from protocol.clock import Clock
-from protocol.errors import ConfigInvalid, DirectoryForeign, NotLeader, RetryLater, UnknownOutcome
+from protocol.errors import (
+    ConfigInvalid,
+    DirectoryForeign,
+    NodeRefuses,
+    NotLeader,
+    RetryLater,
+    UnknownOutcome,
+)
 from protocol.ids import NodeId
 from sql.database import Database
 from storage_node.interface import NodeRegistration
@@ -156,12 +163,16 @@ class PlacementService:
         """A node process opened its store: count a new incarnation and lease it; returns it.
 
         The lease itself arrives through the node's data port; a node that has none after this
-        registers again.  Raises `ConfigInvalid` for a node that is not a member, `DirectoryForeign`
-        for another store than the member's or for a removed member, `NotLeader`, `DatabaseBusy`.
+        registers again.  One that refuses its directory begins no incarnation: only where to ask it
+        is noted, unless another process of the node answers.  Raises `ConfigInvalid` for a node
+        that is not a member, `DirectoryForeign` for another store than the member's or for a
+        removed member, `NodeRefuses`, `NotLeader`, `DatabaseBusy`.
         """
         watch = self._watch
         if watch is None:
             raise NotLeader("the placement service has not taken its role yet: register again")
+        if registration.refusal:
+            return await self._note_refusal(watch, registration)
 
         def work(connection: Connection) -> NodeView:
             _admit(map_rows.read_node(connection, registration.node_id), registration)
@@ -177,6 +188,27 @@ class PlacementService:
         view = await self._lead(work)
         watch.adopt([view])
         log.info("node registered", node=str(view.node_id), incarnation=view.incarnation)
+        await watch.push_now(view.node_id)
+        return view.incarnation
+
+    async def _note_refusal(self, watch: NodeWatch, registration: NodeRegistration) -> int:
+        """Let a node that does not serve be asked, and say why in its row."""
+
+        def work(connection: Connection) -> NodeView:
+            member = map_rows.read_node(connection, registration.node_id)
+            _admit(member, registration)
+            assert member is not None
+            if member.endpoint != registration.endpoint or not member.detail:
+                version = map_rows.next_version(connection)
+                map_rows.note_refusal(connection, registration, version)
+            view = map_rows.read_node(connection, registration.node_id)
+            assert view is not None
+            return view
+
+        if watch.answers(registration.node_id):
+            raise NodeRefuses(f"another process serves {registration.node_id}")
+        view = await self._lead(work)
+        watch.adopt([view])
         await watch.push_now(view.node_id)
         return view.incarnation
 
@@ -377,7 +409,7 @@ def _admit(member: NodeView | None, registration: NodeRegistration) -> None:
         raise DirectoryForeign(
             f"{name} was removed from this cell: bring its disk back under a new name", details
         )
-    if member.store_id != registration.store_id:
+    if member.store_id != registration.store_id and not registration.refusal:
         raise DirectoryForeign(
             f"{registration.directory} holds store {registration.store_id}, but {name} is store "
             f"{member.store_id}: the directory belongs to another node or was made anew; put the "

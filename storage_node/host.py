@@ -195,6 +195,9 @@ class NodeHost:
                 pause = OPEN_RETRY_S
                 asyncio.get_running_loop().call_later(UPKEEP_S, self._give_memory_back)
             else:
+                if self.node.state is ServiceState.REFUSING:
+                    # Silent, it would be taken for lost, and its reason would stay in its log.
+                    await self._register_once(self.node.detail)
                 await self._clock.sleep(pause)
                 pause = min(2 * pause, OPEN_RETRY_S_MAX)
 
@@ -260,15 +263,19 @@ class NodeHost:
             if not registered:
                 await self._clock.sleep(REGISTER_RETRY_S)
 
-    async def _register_once(self) -> bool:
+    async def _register_once(self, refusal: str = "") -> bool:
         assert self.port is not None
+        capacity_bytes = self.config.capacity_bytes
+        if not capacity_bytes and not refusal:
+            capacity_bytes = file_system_bytes(self._directory)
         registration = NodeRegistration(
             self.config.node_id,
             self.node.identity.store_id,
             self.port.endpoint,
             os.getpid(),
             self.config.directory,
-            self.config.capacity_bytes or file_system_bytes(self._directory),
+            capacity_bytes or 0,
+            refusal,
         )
         try:
             async with asyncio.timeout(REGISTER_DEADLINE_S):

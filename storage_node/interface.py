@@ -268,7 +268,8 @@ class NodePort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeRegistration:
-    """What a node process announces to the placement service once its store is open."""
+    """What a node process announces to the placement service: that its store is open, or where it
+    can be asked why it is not."""
 
     node_id: NodeId
     store_id: str
@@ -277,4 +278,6 @@ class NodeRegistration:
     pid: int
     directory: str
     capacity_bytes: int
-    """Size of the file system that holds the directory."""
+    """Size of the file system that holds the directory; zero if there is none."""
+    refusal: str = ""
+    """Why it does not serve its directory; empty once its store is open."""

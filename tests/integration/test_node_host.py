@@ -171,12 +171,16 @@ async def test_a_directory_that_is_not_its_own_is_refused_until_it_is(
     async with running(config, placement) as host:
         await until(lambda: host.node.state is ServiceState.REFUSING)
         assert str(directory) in host.node.detail
-        await asyncio.sleep(0.05)
-        assert placement.registrations == []
+        # It says where it can be asked and why it does not serve, and registers no life.
+        await until(lambda: len(placement.registrations) > 1)
+        assert all(str(directory) in said.refusal for said in placement.registrations)
+        async with placement.port() as port:
+            assert (await port.summary(DEADLINE_S)).state == "refusing"
         assert _listing(directory) == before
         shutil.rmtree(directory, ignore_errors=True)
         shutil.move(away, directory)  # the disk is mounted after all
         await until(lambda: host.node.has_lease)
+        assert placement.registrations[-1].refusal == ""
         async with placement.port() as port:
             (answer,) = await port.get([key], DEADLINE_S)
             assert answer.record == record

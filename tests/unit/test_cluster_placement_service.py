@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from protocol.errors import (
     ConfigInvalid,
     DatabaseBusy,
     DirectoryForeign,
+    NodeRefuses,
     NodeUnavailable,
     NotLeader,
     StaleIncarnation,
@@ -281,6 +282,34 @@ def test_a_stranger_a_swapped_store_and_a_removed_node_are_refused_with_the_reas
         with pytest.raises(DirectoryForeign, match="removed"):
             await cell.service.register(registration(4))
         assert {view.incarnation for view in cell.rows.nodes()} == {0}
+
+    play(main)
+
+
+def test_a_node_that_refuses_its_directory_is_heard_and_begins_no_life(
+    play: Callable[..., None],
+) -> None:
+    async def main(cell: ServiceCell) -> None:
+        await cell.service.start()
+        await cell.start_node(1)
+        why = "/disks/node-02 belongs to node-09"
+        cell.node(2).state, cell.node(2).detail = "refusing", why
+        cell.endpoints[NodeId.numbered(2)] = "h:1"
+        said = replace(registration(2, endpoint="h:1", store_id="unknown"), refusal=why)
+        assert await cell.service.register(said) == 0
+        for _ in range(3):
+            await cell.service.step()
+        view = cell.rows.node(2)
+        assert (view.endpoint, view.incarnation, view.disk_failed) == ("h:1", 0, False)
+        assert why in view.detail
+        served = replace(registration(1, endpoint="h:9", store_id="unknown"), refusal=why)
+        with pytest.raises(NodeRefuses, match="another process serves node-01"):
+            await cell.service.register(served)
+        assert cell.rows.node(1).endpoint == "h:1"
+        cell.node(2).state = "serving"
+        await cell.start_node(2)
+        await cell.service.step()
+        assert cell.rows.node(2).state is UP
 
     play(main)
 
