@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ SOON = {
     "HAVERSACK_NODE_REFUSING_OUT_AFTER_S": "6",
 }
 """A lost disk is out within seconds, whether its node is silent or refuses."""
+
+PATIENT = {**SOON, "HAVERSACK_NODE_REFUSING_OUT_AFTER_S": "3600"}
+"""A mount to be put right is waited for."""
 
 
 class Hurt:
@@ -157,7 +161,99 @@ def test_a_flipped_byte_in_an_sst_file_is_found_by_a_scrub_and_mended(hurt: Hurt
     hurt.assert_whole()
 
 
+def test_swapped_directories_are_refused_and_serve_again_when_they_are_put_right(
+    hurt: Hurt,
+) -> None:
+    cell = hurt.cell
+    first, second = hurt.busiest(2)
+    cell.stop()
+    _swap(first["directory"], second["directory"])
+    hurt.start(PATIENT, refusing=2)
+    before = proof.moves_begun(cell), proof.slots_of(cell, str(first["id"]))
+    assert before[1] > 0
+    for node, other in ((first, second), (second, first)):
+
+        def says_whose(name: str = str(node["id"]), other: str = str(other["id"])) -> bool:
+            return f"belongs to {other}" in hurt.node(name)["detail"]
+
+        cell.wait_until("it says whose directory that is", says_whose, 60)
+    assert wrong_blocks(cell, hurt.ledger) == []
+    _assert_no_mass_repair(hurt, first, second)
+
+    _swap(first["directory"], second["directory"])
+    cell.wait_for_nodes(hurt.nodes)
+    assert proof.slots_of(cell, str(first["id"])) == before[1]
+    hurt.wait_repaired()
+    hurt.assert_whole()
+
+
+def test_an_emptied_directory_is_refused_with_advice_and_starts_no_repair(hurt: Hurt) -> None:
+    cell = hurt.cell
+    cell.stop()
+    hurt.start(PATIENT)
+    (victim,) = hurt.busiest()
+    name, directory = str(victim["id"]), Path(victim["directory"])
+    aside = directory.with_name("aside")
+    directory.rename(aside)
+    directory.mkdir()
+    os.kill(victim["pid"], signal.SIGKILL)
+    cell.wait_until(
+        "it asks for its disk", lambda: "is the disk mounted?" in hurt.node(name)["detail"], 60
+    )
+    _assert_no_mass_repair(hurt, victim)
+    assert list(directory.iterdir()) == [], "a node never makes a store where one was"
+    assert wrong_blocks(cell, hurt.ledger) == []
+    assert proof.slots_of(cell, name) > 0
+
+    directory.rmdir()
+    aside.rename(directory)
+    cell.wait_for_nodes(hurt.nodes)
+    hurt.wait_repaired()
+    hurt.assert_whole()
+    cell.stop()
+    assert proof.lacking_on_disk(cell.data) == {}, "counted once more, without any node's help"
+
+
 def _found_by_scrub(cell: LiveCell, count: str) -> int:
     """Have every node read all it holds; the sum of a count.  A lost node makes the exit code 1."""
     answers = proof.ask_cell(cell, "scrub", "--now", "--quiet", codes=(0, 1))
     return sum(int(answer["scrub"][count]) for answer in answers if not answer["error"])
+
+
+def _swap(first: str, second: str) -> None:
+    spare = Path(first).with_name("spare")
+    os.rename(first, spare)
+    os.rename(second, first)
+    os.rename(spare, second)
+
+
+def _assert_no_mass_repair(hurt: Hurt, *nodes: dict[str, Any]) -> None:
+    """Long after a silent node would be out, repair has looked and moved nothing."""
+    cell = hurt.cell
+    held = [_slots_with_blocks(cell, str(node["id"])) for node in nodes]
+    for node in nodes:
+        answer = proof.ask_cell(cell, "why", str(node["id"]))
+        assert "put its directory right" in str(answer["next"]), answer["next"]
+
+    def is_overdue() -> bool:
+        names = ", ".join(f"'{node['id']}'" for node in nodes)
+        ages = proof.rows(
+            cell,
+            f"SELECT state_since FROM nodes WHERE node_id IN ({names})",
+        )
+        silent_s = 3 * float(SOON["HAVERSACK_NODE_OUT_AFTER_S"])
+        return all(time.time() - since > silent_s for (since,) in ages)
+
+    cell.wait_until("a silent node would be out for long", is_overdue, 60)
+    assert [_slots_with_blocks(cell, str(node["id"])) for node in nodes] == held
+    assert proof.moves_begun(cell) == 0
+
+
+def _slots_with_blocks(cell: LiveCell, node: str) -> int:
+    """Open volumes that never got a block go when they are sealed: nothing moves by that."""
+    ((count,),) = proof.rows(
+        cell,
+        "SELECT count(*) FROM volume_slots JOIN volumes USING (volume_id) "
+        f"WHERE blocks > 0 AND node_id = '{node}'",
+    )
+    return int(count)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 
 from chaos.live.blocks import Ledger, put_block, wrong_blocks
 from chaos.live.cell import LiveCell
@@ -40,39 +38,3 @@ def test_every_block_survives_m_nodes_and_writes_stop_cleanly_below_k_plus_1(
     put_block(own_cell, os.urandom(1_000_000), ledger)
     assert ledger.refused == {503: 1}, "k nodes are too few to take a write of a large block"
     assert len(ledger.acknowledged) == before
-
-
-def test_a_node_whose_directory_was_emptied_refuses_to_serve(own_cell: LiveCell) -> None:
-    own_cell.start()
-    own_cell.wait_for_nodes(9)
-    ledger = Ledger()
-    _fill(own_cell, ledger)
-    node = own_cell.status()["nodes"][4]
-    shutil.rmtree(node["directory"])
-    os.mkdir(node["directory"])
-    os.kill(node["pid"], signal.SIGKILL)
-    own_cell.wait_for_nodes(8)
-
-    def refuses() -> bool:
-        detail = own_cell.status()["nodes"][4]["detail"]
-        return "identity" in detail or own_cell.status()["nodes"][4]["state"] == "down"
-
-    own_cell.wait_until("the node says why it does not serve", refuses, 60)
-    assert os.listdir(node["directory"]) == [], "an actor never creates a store"
-    assert wrong_blocks(own_cell, ledger) == []
-
-
-def test_swapped_directories_are_refused(own_cell: LiveCell) -> None:
-    own_cell.start()
-    own_cell.wait_for_nodes(9)
-    ledger = Ledger()
-    _fill(own_cell, ledger)
-    first, second = own_cell.status()["nodes"][:2]
-    own_cell.stop()
-    spare = own_cell.data / "nodes" / "spare"
-    os.rename(first["directory"], spare)
-    os.rename(second["directory"], first["directory"])
-    os.rename(spare, second["directory"])
-    own_cell.start()
-    own_cell.wait_for_nodes(7)
-    assert wrong_blocks(own_cell, ledger) == []
