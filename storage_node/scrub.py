@@ -209,9 +209,12 @@ class Scrubber:
         return min(max(0.0, self._due - self._clock.monotonic()), LOOK_S)
 
     def _next_begin(self) -> float:
-        """When the calendar wants the next pass; at once on a disk that was never read."""
+        """When the calendar wants the next pass; at once on a disk that was never read, and where
+        the clock was set back behind the last one: nobody knows how long ago that was."""
         progress = self._progress
-        return progress.started + self._settings.period_s / 2 if progress.pass_number else 0.0
+        if not progress.pass_number or progress.started > self._clock.wall():
+            return 0.0
+        return progress.started + self._settings.period_s / 2
 
     def _set_aside(self, groups: list[list[FragmentKey]]) -> int:
         store = self._node.store
@@ -283,7 +286,7 @@ class Scrubber:
             return progress.bytes_per_s or None
         left = max(0, progress.bytes_total - progress.bytes_done)
         until = progress.started + self._settings.period_s / 2
-        left_s = max(1.0, until - self._clock.wall())
+        left_s = min(max(1.0, until - self._clock.wall()), self._settings.period_s / 2)
         return min(max(SLACK * left / left_s, RATE_MIN), self._settings.bytes_per_s_max)
 
     def _wait_s(self) -> float:

@@ -51,6 +51,7 @@ class CutLinks(SimRun):
             gateways=2,
             out_after_s=OUT_AFTER_S,
             hosts=12,
+            changes_gap_s=0.0,
         )
         super().__init__(options, Parts(), prepare_directory(directory))
         self._cuts = cuts

@@ -287,3 +287,25 @@ async def test_a_directory_and_a_disk_are_told_apart(clock: HandClock) -> None:
     assert (await node.lease(1, 1)).fault == Fault.DISK
     with pytest.raises(NodeRefuses):
         await node.scrub(ScrubAction.START, 0)
+
+
+class SettableClock(HandClock):
+    """Its wall clock can be set."""
+
+    skew_s = 0.0
+
+    def wall(self) -> float:
+        return self.now + self.skew_s
+
+
+async def test_a_clock_that_is_set_back_puts_no_pass_off(disk: Disk) -> None:
+    clock = SettableClock()
+    node = open_node(disk, clock, period_s=1000.0)
+    first, *_ = await fill(node, 20)
+    await whole_pass(node, clock)
+    disk.corrupt(first)
+    clock.skew_s = -3600.0
+    started = clock.now
+    while not (await node.summary()).scrub.findings:
+        await clock.sleep(await node.scrubber.step())
+        assert clock.now - started <= 1000 / 2 + 2 * LOOK_S
