@@ -308,4 +308,4 @@ async def test_a_clock_that_is_set_back_puts_no_pass_off(disk: Disk) -> None:
     started = clock.now
     while not (await node.summary()).scrub.findings:
         await clock.sleep(await node.scrubber.step())
-        assert clock.now - started <= 1000 / 2 + 2 * LOOK_S
+        assert clock.now - started <= 1000, "longer than a period, as if nothing had been set"
