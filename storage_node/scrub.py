@@ -213,7 +213,7 @@ class Scrubber:
         the clock was set back behind the last one: nobody knows how long ago that was."""
         progress = self._progress
         if not progress.pass_number or progress.started > self._clock.wall():
-            return 0.0
+            return float("-inf")
         return progress.started + self._settings.period_s / 2
 
     def _set_aside(self, groups: list[list[FragmentKey]]) -> int:
