@@ -35,8 +35,12 @@ DRIVER = """
     class Placement:
         def __init__(self):
             self.seen = []
+            self.refusals = []
 
         async def register(self, registration):
+            if registration.refusal:  # the other node's, whose directory is not its own
+                self.refusals.append(registration.refusal)
+                return
             self.seen.append(registration)
             port = SocketPort(
                 registration.node_id, registration.endpoint, CLUSTER_ID, SECRET, SystemClock()
@@ -46,6 +50,9 @@ DRIVER = """
 
         async def registrations(self):
             return self.seen
+
+        async def refused(self):
+            return self.refusals
 
     def report(**values):
         print(json.dumps(values), flush=True)
@@ -83,7 +90,8 @@ DRIVER = """
     memory = psutil.Process(first.pid).memory_full_info()
     served = asyncio.run(put(first.endpoint, 1, 1))
     report(step="served", uss=memory.uss, statuses=served, pid=first.pid)
-    report(step="refused", state=until(refusing.state.remote, lambda s: s[0] == "refusing"))
+    report(step="refused", state=until(refusing.state.remote, lambda s: s[0] == "refusing"),
+           said=until(placement.refused.remote, lambda said: said))
 
     os.kill(first.pid, signal.SIGKILL)
     second = until(placement.registrations.remote, lambda seen: len(seen) == 2)[1]
@@ -135,6 +143,7 @@ def test_an_actor_opens_serves_restarts_refuses_and_stops(tmp_path: Path) -> Non
     assert steps["served"]["uss"] < 110 * MIB
     assert steps["refused"]["state"][0] == "refusing"
     assert str(foreign) in steps["refused"]["state"][1]
+    assert all(str(foreign) in said for said in steps["refused"]["said"])
     assert list(foreign.iterdir()) == []
     assert steps["restarted"]["statuses"] == [0]
     assert steps["restarted"]["pid"] != steps["served"]["pid"]
