@@ -100,7 +100,7 @@ def _check_service(node_id: NodeId, reply: SummaryReply, direction: Direction) -
     if not serves:
         raise NodeRefuses(f"{node_id} is {reply.state} {reply.detail}".rstrip())
     if direction is Direction.WRITE and reply.disk_free_bytes <= 0:
-        raise NodeFull(f"{node_id} has no free space")
+        raise NodeFull(f"{node_id} is full: puts are refused, reads and deletes go on")
 
 
 class _Breaker:
@@ -298,6 +298,13 @@ class NodePool:
         nobody is suspected for it."""
         reply = await self.port(node_id).summary(PROBE_DEADLINE_S)
         _check_service(node_id, reply, direction)
+
+    def suspicions(self, direction: Direction) -> dict[NodeId, str]:
+        """Why each suspected node is suspected, in id order."""
+        return {
+            node_id: self._nodes[node_id].breakers[direction].reason
+            for node_id in self.suspected(direction)
+        }
 
     def _failed(self, node_id: NodeId, direction: Direction, error: HaversackError) -> None:
         """Suspect a node; one that cannot be reached, in both directions."""

@@ -95,15 +95,16 @@ class VolumeChooser:
                 if not choice.missing or healthy < scheme.n or not patient:
                     return replace(choice, may_owe=not patient)
             if healthy < scheme.write_minimum:
+                why = _why(self._failing(avoid))
                 raise NotEnoughNodes(
                     f"{healthy} storage nodes take writes; {scheme} needs at least "
-                    f"{scheme.write_minimum} of {scheme.n} to acknowledge a block{_why(avoid)}",
+                    f"{scheme.write_minimum} of {scheme.n} to acknowledge a block{why}",
                     self.details(scheme, avoid),
                 )
             if self._clock.monotonic() >= give_up_at:
                 raise NotEnoughNodes(
                     f"no open {scheme} volume avoids the nodes that fail now, and the placement "
-                    f"service has opened none in time: retry later{_why(avoid)}",
+                    f"service has opened none in time: retry later{_why(self._failing(avoid))}",
                     self.details(scheme, avoid),
                 )
             await self._clock.sleep(self._settings.placement_poll_s)
@@ -133,8 +134,13 @@ class VolumeChooser:
             "scheme": scheme.name,
             "healthy_nodes": self.healthy_nodes(avoid),
             "needed_nodes": scheme.n,
-            "failed": {str(node_id): avoided.why for node_id, avoided in avoid.items()},
+            "failed": {str(node_id): why for node_id, why in self._failing(avoid).items()},
         }
+
+    def _failing(self, avoid: Avoid) -> dict[NodeId, str]:
+        """What nodes said to this put, and to those before it."""
+        said = {node_id: avoided.why for node_id, avoided in avoid.items()}
+        return {**self._pool.suspicions(Direction.WRITE), **said}
 
     def _pick(self, scheme: Scheme, avoid: Avoid) -> Choice | None:
         """An open volume with all slots usable, at random, or the one with the most; None if no
@@ -173,8 +179,8 @@ class VolumeChooser:
         return Choice(volume, tuple(receipts), missing)
 
 
-def _why(avoid: Avoid) -> str:
-    """The end of a refusal: what nodes said to this put, the first few of them."""
-    said = [f"{node_id}: {avoided.why}" for node_id, avoided in sorted(avoid.items())]
+def _why(failing: Mapping[NodeId, str]) -> str:
+    """The end of a refusal: what nodes said, the first few of them."""
+    said = [f"{node_id}: {why}" for node_id, why in sorted(failing.items())]
     more = f"; and {len(said) - REASONS_MAX} more" if len(said) > REASONS_MAX else ""
     return f" ({'; '.join(said[:REASONS_MAX])}{more})" if said else ""

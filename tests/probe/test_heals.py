@@ -232,8 +232,11 @@ def _assert_no_mass_repair(hurt: Hurt, *nodes: dict[str, Any]) -> None:
     cell = hurt.cell
     held = [_slots_with_blocks(cell, str(node["id"])) for node in nodes]
     for node in nodes:
-        answer = proof.ask_cell(cell, "why", str(node["id"]))
-        assert "put its directory right" in str(answer["next"]), answer["next"]
+
+        def advises(name: str = str(node["id"])) -> bool:
+            return "put its directory right" in str(proof.ask_cell(cell, "why", name)["next"])
+
+        cell.wait_until("why tells what to do", advises, 30)
 
     def is_overdue() -> bool:
         names = ", ".join(f"'{node['id']}'" for node in nodes)

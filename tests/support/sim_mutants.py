@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from cluster import map_rows
 from cluster.block_client import BlockClient
+from cluster.block_client_settings import FragmentProblem
 from cluster.block_index import BlockIndex, NewBlock, RecordOutcome
 from cluster.change.plans import Plan
 from cluster.change.requests import ChangeRequest, preview
@@ -230,8 +231,14 @@ class GivesUpOnParity(BlockClient):
     """A read that met damage is an error, although the parity is there."""
 
     def __init__(self, *args: Any) -> None:
-        self._problems: list[object] = []
-        super().__init__(*args, report_fragment=self._problems.append)
+        *others, report = args
+
+        def note(problem: FragmentProblem) -> None:
+            self._problems.append(problem)
+            report(problem)
+
+        self._problems: list[FragmentProblem] = []
+        super().__init__(*others, note)
 
     async def get(self, block: BlockHash) -> Buffer:
         before = len(self._problems)
