@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import sim_mutants as mutants
 
+import cluster.block_index
 import metadata.batch
 from chaos.sim.cell import Parts
 from chaos.sim.gateway import GatewayParts
@@ -126,3 +127,8 @@ def test_a_planted_defect_is_found_by_its_checker(name: str) -> None:
 def test_counters_that_are_not_kept_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata.batch, "add_references", lambda *_: None)
     _assert_found("no counters", Defect(Parts(), "calm", "reference_counts_match"))
+
+
+def test_an_index_that_does_not_compare_receipts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.block_index, "receipts_hold", lambda *_: True)
+    _assert_found("no fence", Defect(Parts(), "laggards", "receipts_are_of_this_life"))
