@@ -507,6 +507,7 @@ class SimCell:
         """Looks seldom, because looks are most of the steps of a quiet run."""
         return RepairSettings(
             out_after_s=self.options.out_after_s,
+            refusing_out_after_s=self.options.out_after_s,
             look_s=3.0,
             batch_blocks=3,
             retry_unrepairable_s=60.0,

@@ -332,7 +332,7 @@ class RepairExecutor:
             return False
         node = self._map.node(holder)
         away_s = self._clock.wall() - node.state_since
-        patience_s = self._tools.settings.refusing_out_after_s
+        patience_s = self._tools.settings.last_fragment_wait_s
         return node.state is NodeState.GONE or away_s >= patience_s
 
     async def _finish(

@@ -104,6 +104,16 @@ def save_unrepairable(
             connection.execute(insert(unrepairable).values(hash=bytes(block), since=now, **values))
 
 
+def listed_volumes(connection: Connection) -> set[int]:
+    """Volumes of the blocks that could not be made."""
+    return set(connection.execute(select(unrepairable.c.volume_id).distinct()).scalars())
+
+
+def forget_unrepairable(connection: Connection, volume_ids: Collection[int]) -> None:
+    """Take all blocks of these volumes off the list."""
+    connection.execute(delete(unrepairable).where(unrepairable.c.volume_id.in_(volume_ids)))
+
+
 def save_progress(
     connection: Connection, number: int, begun: float, ended: float | None, body: dict[str, Any]
 ) -> None:

@@ -67,6 +67,9 @@ _WORD_S: Final = 2.0
 _AVOID_S: Final = 60.0
 """For so long a node that did not take fragments is no target."""
 
+_FORGET_AT_ONCE: Final = 500
+"""Volumes of one statement."""
+
 _LIVE_LOOK_S: Final = 0.5
 _RATE_SAMPLES: Final = 30
 
@@ -252,6 +255,7 @@ class RepairService:
         """One whole pass; True if it got something done, so that another should follow."""
         await self._map.refresh()
         view = await self.view()
+        await self._forget_unrepairable(view)
         plan = self.plan(view)
         await self._note_plan(view, plan)
         if plan.abandon:
@@ -278,6 +282,18 @@ class RepairService:
         waiting = {volume for volume, until in self._not_before.items() if until > now}
         volumes = tuple(item for item in view.volumes if item.volume_id not in waiting)
         return dataclasses.replace(view, volumes=volumes, avoid=avoid)
+
+    async def _forget_unrepairable(self, view: RepairView) -> None:
+        """Nothing of these volumes is lost any more: their disks came back by themselves."""
+        if len(view.volumes) >= self._settings.volumes_seen_max:
+            return  # there may be damage that was not read
+        listed = await self._db.read(repair_rows.listed_volumes)
+        now = self._clock.monotonic()
+        damaged = {int(item.volume_id) for item in view.volumes}
+        damaged |= {int(volume) for volume, until in self._not_before.items() if until > now}
+        whole = sorted(listed - damaged)[:_FORGET_AT_ONCE]
+        if whole:
+            await self.lead(lambda connection: repair_rows.forget_unrepairable(connection, whole))
 
     def plan(self, view: RepairView) -> RepairPlan:
         """What a pass would do with this view: a dry run."""

@@ -17,8 +17,10 @@ class RepairSettings:
     """See `Settings.node_out_after_s`."""
 
     refusing_out_after_s: float = 24 * 3600.0
-    """See `Settings.node_refusing_out_after_s`; also how long a slot waits for its old disk if some
-    of its blocks cannot be made from others."""
+    """See `Settings.node_refusing_out_after_s`."""
+
+    last_fragment_wait_s: float = 24 * 3600.0
+    """How long a slot waits for its old disk if some of its blocks cannot be made from others."""
 
     bytes_per_s_max: float = 1.0 * GIB
     bytes_per_s_min: float = 4.0 * MIB
@@ -87,6 +89,7 @@ def repair_settings(settings: Settings) -> RepairSettings:
     return RepairSettings(
         out_after_s=settings.node_out_after_s,
         refusing_out_after_s=settings.node_refusing_out_after_s,
+        last_fragment_wait_s=settings.node_refusing_out_after_s,
         bytes_per_s_max=float(settings.repair_bytes_per_s_max),
         bytes_per_s_min=float(settings.repair_bytes_per_s_min),
         live_latency_s=settings.repair_live_latency_s,
