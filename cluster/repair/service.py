@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -153,6 +153,8 @@ class RepairService:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)
         self._unfit: dict[NodeId, float] = {}
         self._not_before: dict[VolumeId, float] = {}
+        self._down_seen: dict[tuple[NodeId, float], float] = {}
+        """When a node was first seen down since an instant of its row, by our own clock."""
         self._wake = asyncio.Event()
         self._stopped = False
         self._reported_at = float("-inf")
@@ -302,12 +304,9 @@ class RepairService:
 
     async def _out_nodes(self) -> frozenset[NodeId]:
         """Nodes whose slots are to be placed anew; each that is due is asked once more."""
-        now = self._clock.wall()
-        due = [
-            node
-            for node in self._map.nodes()
-            if node.state in (NodeState.DOWN, NodeState.GONE) and is_out(node, now, self._settings)
-        ]
+        down = [n for n in self._map.nodes() if n.state in (NodeState.DOWN, NodeState.GONE)]
+        now = self._time_of_each(down)
+        due = [node for node in down if is_out(node, now[node.node_id], self._settings)]
         if not due:
             return frozenset()
         words = await asyncio.gather(*(self._word(node) for node in due))
@@ -316,8 +315,24 @@ class RepairService:
         return frozenset(
             node.node_id
             for node, word in zip(due, words, strict=True)
-            if is_out(node, now, self._settings, word, is_read=node.node_id in reached)
+            if is_out(
+                node, now[node.node_id], self._settings, word, is_read=node.node_id in reached
+            )
         )
+
+    def _time_of_each(self, down: Sequence[NodeView]) -> dict[NodeId, float]:
+        """Wall-clock time, but never less than what this process has itself seen pass since a node
+        went down: its row was stamped by another host, whose clock may have been ahead."""
+        now = self._clock.monotonic()
+        seen = {
+            (node.node_id, node.state_since): self._down_seen.get(
+                (node.node_id, node.state_since), now
+            )
+            for node in down
+        }
+        self._down_seen = seen
+        wall = self._clock.wall()
+        return {node_id: max(wall, since + now - first) for (node_id, since), first in seen.items()}
 
     async def _word(self, node: NodeView) -> NodeWord:
         """What a node that placement calls down says of itself."""
