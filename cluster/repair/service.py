@@ -312,10 +312,14 @@ class RepairService:
         words = await asyncio.gather(*(self._word(node) for node in due))
         self._sightings.update(await self._db.read(read_sightings), self._clock.monotonic())
         reached = self._sightings.reached(self._clock.monotonic())
+        # Gateways say nothing of a node that is back: whoever missed their word finds it up here.
+        await self._map.refresh()
+        as_before = {(n.node_id, n.state, n.state_since) for n in self._map.nodes()}
         return frozenset(
             node.node_id
             for node, word in zip(due, words, strict=True)
-            if is_out(
+            if (node.node_id, node.state, node.state_since) in as_before
+            and is_out(
                 node, now[node.node_id], self._settings, word, is_read=node.node_id in reached
             )
         )

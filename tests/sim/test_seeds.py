@@ -28,8 +28,10 @@ CHUNKS = [SEEDS[at : at + CHUNK] for at in range(0, len(SEEDS), CHUNK)]
 WORKERS = 2
 CORPUS = Path(__file__).parent / "seeds.txt"
 
-OPERATIONS_MIN = 50
-"""Fewer would show that a run is idle."""
+OPERATIONS_MIN = 20
+"""Fewer would show that a run is idle; clients of a gateway that is stopped wait for most of it."""
+
+OPERATIONS_MEAN_MIN = 100
 
 
 class Runs:
@@ -83,6 +85,7 @@ def test_every_outcome_is_met_within_the_seeds(runs: Runs) -> None:
     seen: Counter[str] = Counter()
     for report in runs.reports(SEEDS):
         seen.update(report.operations)
+    assert seen.total() >= OPERATIONS_MEAN_MIN * len(SEEDS)
     for operation in ("put", "get", "commit", "delete", "entry"):
         for outcome in ("acknowledged", "failed", "unknown"):
             assert seen[f"{operation} {outcome}"] > 0, f"no {operation} was ever {outcome}"
