@@ -155,6 +155,7 @@ class PlanAnswer(BaseModel):
     moves: list[PlannedMoveAnswer] | None = None
     volumes: list[str] | None = None
     blocked: list[BlockerAnswer]
+    waiting: list[BlockerAnswer] | None = None
 
 
 class PreviewAnswer(BaseModel):

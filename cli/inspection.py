@@ -190,7 +190,9 @@ def _job(job: dict[str, Any]) -> str:
     """`running, 12 of 40 done, 5 min to go`."""
     said = f"{_text(job['state'])}, {job['done_units']:,} of {job['total_units']:,} done"
     eta_s = job.get("eta_s")
-    if eta_s is not None and eta_s > 0:
+    if job.get("blockers"):
+        said += f", blocked: haversack jobs show {job['id']} says by what"
+    elif eta_s is not None and eta_s > 0:
         said += f", about {figures.lasting(eta_s)} to go"
     return said
 

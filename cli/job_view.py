@@ -81,9 +81,13 @@ def print_job(job: dict[str, Any]) -> None:
 
 def print_blockers(blockers: list[dict[str, Any]]) -> None:
     """What blocks a job or a plan: volumes, and blocks where single ones are the reason."""
+    _print_volumes("blocked", blockers)
+
+
+def _print_volumes(title: str, blockers: list[dict[str, Any]]) -> None:
     if not blockers:
         return
-    print(f"blocked: {figures.plural(len(blockers), 'volume')}")
+    print(f"{title}: {figures.plural(len(blockers), 'volume')}")
     for blocker in blockers[:_SHOWN_MAX]:
         print(printable(f"  {blocker['volume']}: {blocker['reason']}"))
         for block in blocker.get("blocks", [])[:_SHOWN_MAX]:
@@ -113,6 +117,7 @@ def _print_plan(preview: dict[str, Any]) -> None:
     for line in lines:
         print(printable(line))
     _print_more(plan["units"])
+    _print_volumes("moved later", plan.get("waiting") or [])
     print_blockers(plan["blocked"])
 
 
@@ -202,6 +207,8 @@ def _how_far(job: dict[str, Any]) -> str:
         f"{figures.number(job['done_units'])} of {figures.plural(job['total_units'], unit)}, "
         f"{figures.size(job['done_bytes'])} of {figures.size(job['total_bytes'])}"
     )
+    if job["blockers"] and job["state"] == "running":
+        said += ", blocked"
     if job["bytes_per_s"]:
         said += f", {figures.size(job['bytes_per_s'])}/s"
     if job["eta_s"] is not None:

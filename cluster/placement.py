@@ -24,7 +24,7 @@ from itertools import accumulate, chain
 from math import ceil, gcd
 from typing import Final
 
-from cluster.topology import CellView, NodeView, VolumeView
+from cluster.topology import CellView, NodeState, NodeView, VolumeView
 from erasure.scheme import Scheme
 from protocol.ids import NodeId, VolumeId
 from protocol.limits import VOLUME_BLOCKS_MAX, VOLUME_BYTES_TARGET
@@ -79,7 +79,9 @@ class SealReason(enum.StrEnum):
 
     FULL = "full"
     NODE_LOST = "node lost"
-    """A slot's node does not take writes."""
+    """A slot's node is down or gone."""
+    NODE_LEAVING = "node leaving"
+    """A slot's node is being drained, or was."""
     NODE_UNWRITABLE = "node unwritable"
     """A slot's node is full or fails writes, and a new volume holds fewer of such nodes."""
     WIDER = "wider"
@@ -127,8 +129,10 @@ def _seal_reason(
     if volume.stored_bytes >= VOLUME_BYTES_TARGET or volume.blocks >= VOLUME_BLOCKS_MAX:
         return SealReason.FULL
     held = [node_id for node_id in volume.slots if node_id is not None]
-    if not all(nodes[node_id].takes_writes for node_id in held):
-        return SealReason.NODE_LOST
+    away = {nodes[node_id].state for node_id in held if not nodes[node_id].takes_writes}
+    if away:
+        leaving = away <= {NodeState.DRAINING, NodeState.DRAINED}
+        return SealReason.NODE_LEAVING if leaving else SealReason.NODE_LOST
     # As many as `plan_slots` is sure to find, and no more: what is opened instead must stay open.
     to_be_had = min(len(volume.slots), len(takers - unwritable))
     if len(set(held) - unwritable) < to_be_had and not unwritable.isdisjoint(held):

@@ -142,10 +142,13 @@ class Progress:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go at the present rate; None if it is not known."""
+        """Seconds to go at the present rate; None if it is not known, as while volumes get no
+        further or wait: nobody knows when those go on."""
         left = self.total_bytes - self.done_bytes
+        if self.blockers:
+            return None
         if left <= 0:
-            return 0.0
+            return 0.0 if self.done_units >= self.total_units else None
         return left / self.bytes_per_s if self.bytes_per_s > 0 else None
 
 

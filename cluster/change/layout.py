@@ -118,7 +118,8 @@ class Layout:
         """For people: what stands in the way at the nodes that there are."""
         found = Counter(self.obstacle(volume, slot, node) for node in self.takers)
         said = [f"{count} {reason}" for reason, count in sorted(found.items(), key=str) if reason]
-        return "no node may take the slot: " + (", ".join(said) if said else "none takes new slots")
+        why = ", ".join(said) if said else "none takes new slots"
+        return f"no node may take the slot: {why}; add a node"
 
 
 HOLDS_A_SLOT: Final = "hold another slot of the volume"

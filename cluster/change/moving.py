@@ -126,6 +126,8 @@ class MovingJob:
         self._request = requests.request_of(job)
         self._tally = Tally(tools.clock, job.progress.done_units, job.progress.done_bytes)
         self._avoid: dict[NodeId, float] = {}
+        self._waiting = 0
+        """Volumes that are moved as soon as they are sealed, or another move of them ended."""
         self._reported_at = float("-inf")
 
     async def work(self) -> bool:
@@ -136,7 +138,7 @@ class MovingJob:
         pause_s = RETRY_S
         while True:
             plan, resumed, sizes = await self._plan()
-            if not plan.moves and not resumed and not plan.blocked:
+            if not (plan.moves or resumed or plan.blocked or plan.waiting):
                 ended = await self._try_finish()
                 if ended is not None:
                     return ended
@@ -172,7 +174,9 @@ class MovingJob:
             plan = await self._tools.run(requests.plan_request, view, self._request, busy)
         assert isinstance(plan, MovePlan)
         sizes = {move.volume: move.bytes for move in plan.moves}
-        self._tally.left_units = len(plan.moves) + len(resumed)
+        begun = {move.volume for move in resumed}
+        self._waiting = sum(item.volume not in begun for item in plan.waiting)
+        self._tally.left_units = len(plan.moves) + len(resumed) + len(plan.blocked) + self._waiting
         self._tally.left_bytes = plan.bytes
         self._tally.blockers = {
             blocked.volume: Blocker(str(blocked.volume), blocked.reason) for blocked in plan.blocked
@@ -282,12 +286,18 @@ class MovingJob:
         if not force and now - self._reported_at < REPORT_S:
             return
         self._reported_at = now
-        blocked = len(self._tally.blockers)
-        detail = f"{blocked} volumes get no further" if blocked else ""
-        progress = self._tally.progress(detail)
+        progress = self._tally.progress(self._detail())
         await self._tools.lead(
             lambda connection: report_progress(connection, self._job.job_id, progress)
         )
+
+    def _detail(self) -> str:
+        said = []
+        if self._tally.blockers:
+            said.append(f"{len(self._tally.blockers)} volumes get no further")
+        if self._waiting:
+            said.append(f"{self._waiting} volumes wait to be sealed, or for another move of theirs")
+        return "; ".join(said)
 
     async def show(self) -> None:
         """Note progress of moves that are under way; called now and then."""

@@ -42,7 +42,7 @@ class PlannedMove:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """A volume that cannot be changed now, and why."""
+    """A volume that cannot be changed now, and why: it has no target, or it has to wait."""
 
     volume: VolumeId
     reason: str
@@ -50,10 +50,13 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class MovePlan:
-    """Slots to move, in the order in which to move them, and what has to wait."""
+    """Slots to move, in the order in which to move them, and what cannot be moved now."""
 
     moves: tuple[PlannedMove, ...]
     blocked: tuple[Blocked, ...] = ()
+    """Nothing that goes by itself helps these."""
+    waiting: tuple[Blocked, ...] = ()
+    """These have a target, and are moved as soon as what they wait for has ended by itself."""
 
     @property
     def units(self) -> int:
@@ -94,15 +97,19 @@ def plan_drain(
     targets = _Emptiest(layout, layout.fair_bytes(view))
     moves: list[PlannedMove] = []
     blocked: list[Blocked] = []
+    waiting: list[Blocked] = []
     for volume, slot in _slots_of(view, node_id):
-        reason = _not_now(volume, busy)
-        target = None if reason else targets.take(volume, slot)
-        if target is None:
-            why = reason or layout.why_nowhere(volume, slot)
-            blocked.append(Blocked(volume.volume_id, why))
-        else:
-            moves.append(_move(layout, volume, slot, target))
-    return MovePlan(tuple(moves), tuple(blocked))
+        wait = _not_now(volume, busy)
+        target = None if wait == _BUSY else targets.take(volume, slot)
+        if target is None and wait != _BUSY:
+            blocked.append(Blocked(volume.volume_id, layout.why_nowhere(volume, slot)))
+            continue
+        move = None if target is None else _move(layout, volume, slot, target)
+        if wait is not None:
+            waiting.append(Blocked(volume.volume_id, wait))
+        elif move is not None:
+            moves.append(move)
+    return MovePlan(tuple(moves), tuple(blocked), tuple(waiting))
 
 
 def plan_replace(
@@ -113,16 +120,21 @@ def plan_replace(
     target = next((node for node in layout.takers if node.node_id == new), None)
     moves: list[PlannedMove] = []
     blocked: list[Blocked] = []
+    waiting: list[Blocked] = []
     for volume, slot in _slots_of(view, node_id):
+        wait = _not_now(volume, busy)
         if target is None:
-            reason: str | None = f"{new} takes no slots now"
-        else:
-            reason = _not_now(volume, busy) or _said(new, layout.obstacle(volume, slot, target))
-        if reason is not None or target is None:
-            blocked.append(Blocked(volume.volume_id, str(reason)))
+            blocked.append(Blocked(volume.volume_id, f"{new} takes no slots now"))
+            continue
+        obstacle = None if wait == _BUSY else layout.obstacle(volume, slot, target)
+        if obstacle is not None:
+            said = f"{new} cannot take it: it would {obstacle}"
+            blocked.append(Blocked(volume.volume_id, said))
+        elif wait is not None:
+            waiting.append(Blocked(volume.volume_id, wait))
         else:
             moves.append(_move(layout, volume, slot, target))
-    return MovePlan(tuple(moves), tuple(blocked))
+    return MovePlan(tuple(moves), tuple(blocked), tuple(waiting))
 
 
 def plan_rebalance(
@@ -164,9 +176,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     said: dict[str, Any] = {
         "units": plan.units,
         "bytes": plan.bytes,
-        "blocked": [
-            {"volume": str(blocked.volume), "reason": blocked.reason} for blocked in plan.blocked
-        ],
+        "blocked": _blocked_json(plan.blocked),
     }
     if isinstance(plan, MovePlan):
         said["moves"] = [
@@ -179,9 +189,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             }
             for move in plan.moves
         ]
+        said["waiting"] = _blocked_json(plan.waiting)
     else:
         said["volumes"] = [str(volume) for volume in plan.volumes]
     return said
+
+
+def _blocked_json(volumes: Iterable[Blocked]) -> list[dict[str, Any]]:
+    return [{"volume": str(item.volume), "reason": item.reason} for item in volumes]
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -195,13 +210,10 @@ def _slots_of(view: CellView, node_id: NodeId) -> Iterable[tuple[VolumeView, int
 
 
 def _not_now(volume: VolumeView, busy: Collection[VolumeId]) -> str | None:
+    """What a volume waits for before a slot of it may be moved."""
     if volume.volume_id in busy:
         return _BUSY
     return _OPEN if volume.state is VolumeState.OPEN else None
-
-
-def _said(target: NodeId, obstacle: str | None) -> str | None:
-    return None if obstacle is None else f"{target} cannot take it: it would {obstacle}"
 
 
 def _move(layout: Layout, volume: VolumeView, slot: int, target: NodeView) -> PlannedMove:

@@ -88,8 +88,9 @@ def test_a_dry_run_answers_with_the_plan_and_leaves_the_node_alone(admin: httpx.
     assert answer.status_code == 200
     plan = answer.json()["plan"]
     assert plan["moves"] == []
-    assert all("open" in blocked["reason"] for blocked in plan["blocked"])
-    assert len(plan["blocked"]) == node(admin, "node-01")["slots"]
+    assert all("open" in waits["reason"] for waits in plan["waiting"])
+    assert plan["blocked"] == []
+    assert len(plan["waiting"]) == node(admin, "node-01")["slots"]
     assert node(admin, "node-01")["state"] == "up"
     assert admin.get("/v1/admin/jobs").json() == {"jobs": []}
 

@@ -51,7 +51,9 @@ def test_nodes_plans_and_jobs_are_shown_and_steered(cell: Cell) -> None:
     assert code == 0
     assert "drain of node-02: 0 slots to move" in out
     assert "nothing was done" in out
+    assert "moved later: " in out
     assert "is open: the placement service seals it first" in out
+    assert "blocked" not in out
     code, out, _ = run(cell, "node", "drain", "node-02", "--detach")
     assert (code, out.splitlines()[0]) == (0, "job 1: drain of node-02, planned")
     code, _, err = run(cell, "node", "drain", "node-02", "--detach")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -116,7 +117,13 @@ def test_progress_is_noted_only_while_the_job_runs(db: Database) -> None:
     assert db.transact(lambda c: report_progress(c, job.job_id, progress))
     running = db.read_now(lambda c: read_job(c, job.job_id))
     assert running.progress == progress
-    assert job_json(running)["eta_s"] == pytest.approx(4.0)
+    assert job_json(running)["eta_s"] is None, "nobody knows when it goes on"
+    free = replace(progress, blockers=())
+    assert db.transact(lambda c: report_progress(c, job.job_id, free))
+    going = db.read_now(lambda c: read_job(c, job.job_id))
+    assert job_json(going)["eta_s"] == pytest.approx(4.0)
+    assert replace(free, done_bytes=400).eta_s is None, "units are left that have no size yet"
+    assert replace(free, done_bytes=400, done_units=4).eta_s == 0.0
     take(db, job, JobEvent.PAUSE)
     assert not db.transact(lambda c: report_progress(c, job.job_id, Progress(3, 4, 300, 400)))
     paused = db.read_now(lambda c: read_job(c, job.job_id))

@@ -138,7 +138,7 @@ def test_a_drain_with_no_node_to_spare_says_what_blocks_every_volume() -> None:
     assert plan.moves == ()
     assert [blocked.volume for blocked in plan.blocked] == [VolumeId(n) for n in range(1, 6)]
     assert {blocked.reason for blocked in plan.blocked} == {
-        "no node may take the slot: 8 hold another slot of the volume"
+        "no node may take the slot: 8 hold another slot of the volume; add a node"
     }
     assert plan_json(plan)["blocked"][0]["volume"] == "v1"
 
@@ -165,8 +165,21 @@ def test_open_volumes_and_volumes_in_motion_wait() -> None:
         for v in view.volumes
     )
     plan = plan_drain(CellView(view.nodes, volumes), nodes[0].node_id, {second.volume_id})
-    assert {blocked.volume for blocked in plan.blocked} == {first.volume_id, second.volume_id}
+    assert {waits.volume for waits in plan.waiting} == {first.volume_id, second.volume_id}
+    assert plan.blocked == ()
     assert not {move.volume for move in plan.moves} & {first.volume_id, second.volume_id}
+
+
+def test_an_open_volume_without_a_target_is_blocked_and_does_not_merely_wait() -> None:
+    view = filled([node(number) for number in range(1, 10)], 1)
+    opened = CellView(view.nodes, (replace(view.volumes[0], state=VolumeState.OPEN),))
+    for plan in (
+        plan_drain(opened, NodeId("node-04")),
+        plan_replace(opened, NodeId("node-04"), NodeId("node-05")),
+    ):
+        assert (plan.moves, plan.waiting) == ((), ())
+        assert [blocked.volume for blocked in plan.blocked] == [VolumeId(1)]
+        assert plan_json(plan)["waiting"] == []
 
 
 @pytest.mark.parametrize("lost", range(1, 13))

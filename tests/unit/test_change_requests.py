@@ -97,8 +97,9 @@ def test_a_drain_is_planned_as_the_runner_will_plan_it(db: Database) -> None:
     plan = db.read_now(lambda c: requests.preview(c, DRAIN))
     assert isinstance(plan, MovePlan)
     assert plan.units == 3
-    assert len(plan.blocked) == 1
-    assert "open" in plan.blocked[0].reason
+    assert plan.blocked == ()
+    assert len(plan.waiting) == 1
+    assert "open" in plan.waiting[0].reason
 
 
 def test_submitting_a_drain_takes_the_node_out_of_new_volumes_at_once(db: Database) -> None:

@@ -11,7 +11,7 @@ from block_cell import BlockCell, data_of, run_inline, simulate
 from repair_cell import assert_whole, moves, new_repair, volumes_of
 
 from cluster.change import requests
-from cluster.change.jobs import Job, JobEvent, JobState, read_job
+from cluster.change.jobs import Job, JobEvent, JobState, job_json, read_job
 from cluster.change.requests import parse_request
 from cluster.change.runner import JobRunner
 from cluster.repair.service import RepairService
@@ -194,6 +194,8 @@ def test_a_job_without_targets_says_what_blocks_it_and_goes_on_when_a_node_comes
             await cell.clock.sleep(60)
             blocked = now(cell, job)
             assert blocked.state is JobState.RUNNING
+            assert job_json(blocked)["eta_s"] is None
+            assert blocked.progress.done_units < blocked.progress.total_units
             assert any("8 hold another slot" in b.reason for b in blocked.progress.blockers)
             cell.set_state(spare, NodeState.UP)
             assert (await ended(cell, job)).state is JobState.DONE
@@ -211,9 +213,10 @@ def test_open_volumes_are_waited_for() -> None:
         await cell.put(item)
         async with running(cell):
             job = submit(cell, "drain", node=str(GONE))
-            await until(
-                cell, lambda: [b.volume for b in now(cell, job).progress.blockers] == [str(volume)]
-            )
+            await until(cell, lambda: now(cell, job).progress.detail.startswith("1 volumes wait"))
+            waits = now(cell, job)
+            assert waits.progress.blockers == ()
+            assert job_json(waits)["eta_s"] is None
             cell.seal_volume(volume)  # as placement does: the node takes no writes any more
             assert (await ended(cell, job)).state is JobState.DONE
         assert await cell.get(item) == item

@@ -76,11 +76,24 @@ def test_a_volume_is_sealed_at_its_bytes_and_at_its_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [NodeState.DOWN, NodeState.DRAINING, NodeState.DRAINED, NodeState.GONE]
+    ("state", "reason"),
+    [
+        (NodeState.DOWN, SealReason.NODE_LOST),
+        (NodeState.DRAINING, SealReason.NODE_LEAVING),
+        (NodeState.DRAINED, SealReason.NODE_LEAVING),
+        (NodeState.GONE, SealReason.NODE_LOST),
+    ],
 )
-def test_a_volume_with_a_node_that_takes_no_writes_is_sealed(state: NodeState) -> None:
+def test_a_volume_with_a_node_that_takes_no_writes_is_sealed(
+    state: NodeState, reason: SealReason
+) -> None:
     view = CellView((node(1, state), *nodes(9)[1:]), (volume(1, node_ids(9)),))
-    assert reasons(view) == {1: SealReason.NODE_LOST}
+    assert reasons(view) == {1: reason}
+
+
+def test_a_lost_node_is_the_reason_also_where_another_one_is_leaving() -> None:
+    some = (node(1, NodeState.DOWN), node(2, NodeState.DRAINING), *nodes(9)[2:])
+    assert reasons(CellView(some, (volume(1, node_ids(9)),))) == {1: SealReason.NODE_LOST}
 
 
 def test_suspicion_alone_seals_nothing() -> None:
