@@ -18,6 +18,7 @@ from cluster.events import CELL, EventKind
 from cluster.redundancy import Redundancy
 from cluster.schema import events
 from cluster.topology import NodeState, NodeView
+from cluster.verify.pass_rows import PassRow
 
 DEBT_OLD_S: Final = 24 * 3600.0
 """Repair that has not repaid a debt for a day is not getting it done."""
@@ -35,6 +36,8 @@ class AlarmKind(enum.StrEnum):
     """Some blocks cannot lose another fragment, though their scheme has spare ones."""
     NODE_DOWN = "node_down"
     DEBT_OLD = "debt_old"
+    REPAIR_FAILING = "repair_failing"
+    """Pass after pass of the repair service ends in an error."""
     JOB_BLOCKED = "job_blocked"
     RAISED = "raised"
     """By a watcher: the verifier, canaries, a scrub."""
@@ -51,6 +54,10 @@ class Alarm(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**self._asdict(), "kind": str(self.kind)}
+
+
+FAILURES_MIN: Final = 3
+"""In a row: a database that is busy makes a pass fail now and then."""
 
 
 def read_raised(connection: Connection) -> list[Alarm]:
@@ -79,9 +86,16 @@ def alarms_of(
     jobs: Iterable[Job],
     raised: Sequence[Alarm],
     now: float,
+    failing: PassRow | None = None,
 ) -> tuple[Alarm, ...]:
-    """All of them, worst first; `now` is the wall clock."""
-    return (*_of_blocks(redundancy, now), *_of_nodes(nodes), *_of_jobs(jobs), *raised)
+    """All of them, worst first; `now` is the wall clock, `failing` what `read_failing` returns."""
+    return (
+        *_of_blocks(redundancy, now),
+        *_of_repair(failing),
+        *_of_nodes(nodes),
+        *_of_jobs(jobs),
+        *raised,
+    )
 
 
 def _of_blocks(redundancy: Redundancy, now: float) -> list[Alarm]:
@@ -103,6 +117,16 @@ def _of_blocks(redundancy: Redundancy, now: float) -> list[Alarm]:
         text = f"the oldest of {redundancy.debts} owed fragments is a day old: is repair running?"
         found.append(Alarm(AlarmKind.DEBT_OLD, CELL, text, oldest))
     return found
+
+
+def _of_repair(failing: PassRow | None) -> list[Alarm]:
+    if failing is None or failing.number < FAILURES_MIN:
+        return []
+    text = (
+        f"repair failed {failing.number} times in a row, last with: {failing.body['error']}; "
+        "it goes on trying: see logs/repair.log"
+    )
+    return [Alarm(AlarmKind.REPAIR_FAILING, CELL, text, failing.begun)]
 
 
 def _of_nodes(nodes: Sequence[NodeView]) -> list[Alarm]:

@@ -28,6 +28,7 @@ from cluster.block_index import Totals, read_totals
 from cluster.change.jobs import UNFINISHED, Job, job_json, read_jobs
 from cluster.disk_reports import KeptReport, read_disk_reports
 from cluster.redundancy import Redundancy, read_redundancy, volumes_by_spare
+from cluster.repair.failing import read_failing
 from cluster.repair.repair_rows import PASS_KIND, PASS_SUBJECT
 from cluster.schema import cell, volumes
 from cluster.topology import NodeView, VolumeState
@@ -137,7 +138,9 @@ def status_of(connection: Connection, now: float) -> CellStatus:
         watcher=watching_of(connection, now),
         canaries=tuple(canaries_of(connection)),
         jobs=jobs,
-        alarms=alarms_of(nodes, redundancy, jobs, read_raised(connection), now),
+        alarms=alarms_of(
+            nodes, redundancy, jobs, read_raised(connection), now, read_failing(connection)
+        ),
     )
 
 

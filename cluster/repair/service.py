@@ -33,6 +33,7 @@ from cluster.leadership import check_role, take_role
 from cluster.node_pool import NodePool
 from cluster.repair import repair_rows
 from cluster.repair.executor import RepairExecutor, RunState, VolumeResult
+from cluster.repair.failing import FailureBook
 from cluster.repair.plan import (
     NodeWord,
     RepairBudget,
@@ -159,6 +160,7 @@ class RepairService:
         self._stopped = False
         self._reported_at = float("-inf")
         self._sightings = SightingBook()
+        self._failures = FailureBook(clock, self.lead)
 
     # -- the role ----------------------------------------------------------------------------------
 
@@ -221,13 +223,25 @@ class RepairService:
             if version is not None and (version != seen or due or self._wake.is_set()):
                 self._wake.clear()
                 seen, passed_at = version, now
-                if await self._try(self.step):
+                if await self._try(self._noted_step):
                     seen = -1  # there may be more to do
                     await self._clock.sleep(self._settings.look_s / 10)
                     continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.look_s):
                     await self._wake.wait()
+
+    async def _noted_step(self) -> bool:
+        """A pass; that it failed, or went well again, is noted for the alarm."""
+        try:
+            more = await self.step()
+            await self._failures.worked()
+        except NotLeader:
+            raise
+        except Exception as error:
+            await self._failures.failed(error)
+            raise
+        return more
 
     async def _map_version(self) -> int:
         await self._map.refresh()

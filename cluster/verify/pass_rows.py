@@ -62,7 +62,7 @@ def read_pass(connection: Connection, kind: str, subject: str) -> PassRow | None
 
 def write_pass(connection: Connection, kind: str, subject: str, row: PassRow) -> None:
     """Set one row."""
-    connection.execute(delete(passes).where(passes.c.kind == kind, passes.c.subject == subject))
+    forget_pass(connection, kind, subject)
     connection.execute(
         insert(passes).values(
             kind=kind,
@@ -73,6 +73,11 @@ def write_pass(connection: Connection, kind: str, subject: str, row: PassRow) ->
             body=orjson.dumps(row.body).decode(),
         )
     )
+
+
+def forget_pass(connection: Connection, kind: str, subject: str) -> None:
+    """Remove one row, if it is there."""
+    connection.execute(delete(passes).where(passes.c.kind == kind, passes.c.subject == subject))
 
 
 def request_pass(
