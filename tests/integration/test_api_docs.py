@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from api_cell import running_cell
 
 from api.app import create_app
@@ -25,10 +24,9 @@ def _example(section: str) -> str:
     return "\n".join(line[4:] for line in lines[start:end])
 
 
-@pytest.mark.skipif(
-    not all(map(shutil.which, ("curl", "bash"))), reason="the examples use bash and curl"
-)
 def test_page_names_every_route_and_every_example_succeeds(tmp_path: Path) -> None:
+    for tool in ("curl", "bash"):
+        assert shutil.which(tool), f"the examples use {tool}: install its Debian package"
     with running_cell(tmp_path, scheme="rs-2-1", nodes=3) as cell:
         routes = create_app(cell.services).api_routes
         assert {f"{route.method} {route.path}" for route in routes} == set(SECTIONS)

@@ -14,10 +14,7 @@ import pytest
 
 HAVERSACK = Path(sys.executable).with_name("haversack")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not HAVERSACK.exists(), reason="the command is not installed here"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -28,6 +25,7 @@ def temporary() -> Iterator[Path]:
 
 
 def run_demo(tmp_path: Path, temporary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    assert HAVERSACK.exists(), f"there is no {HAVERSACK}: make install"
     tree = tmp_path / "tree"
     (tree / "sub" / "empty").mkdir(parents=True)
     for size in (0, 100, 5000, 200_000, 5_000_000):

@@ -58,7 +58,7 @@ def _run(*command: str) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     if shutil.which("mkfs.ext4") is None:
-        pytest.skip("no mkfs.ext4 here")
+        pytest.fail("there is no mkfs.ext4: install the Debian package e2fsprogs (packages.txt)")
     image, mount = tmp_path / "image", tmp_path / "mount"
     mount.mkdir()
     with image.open("wb") as file:
@@ -68,7 +68,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         _run("mkfs.ext4", "-q", "-F", str(image))
         made.plug_in()
     except OSError as error:
-        pytest.skip(f"cannot mount an ext4 of our own here: {error}")
+        pytest.fail(f"mounting an ext4 needs root and loop devices: {error}")
     yield made
     subprocess.run(["umount", "-l", str(mount)], capture_output=True, check=False)
 

@@ -35,12 +35,13 @@ def test_bound_address_is_one_that_a_client_can_use(host: str, url: str) -> None
 
 
 def test_ipv6_address_is_written_in_brackets() -> None:
-    try:
-        listening = bind("::1", 0)
-    except ConfigInvalid:
-        pytest.skip("no IPv6 loopback here")
-    with listening:
-        assert url_of(listening).startswith("http://[::1]:")
+    class Bound:
+        """A socket where IPv6 is: not every machine has it."""
+
+        def getsockname(self) -> tuple[str, int, int, int]:
+            return ("::1", 8123, 0, 0)
+
+    assert url_of(Bound()) == "http://[::1]:8123"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid", "192.0.2.1"])
