@@ -27,7 +27,7 @@ from cluster.shared_reads import SharedReads
 from cluster.topology import VolumeView
 from erasure.codec import Codec
 from erasure.envelope import unseal_pieces
-from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment, parse_expected
+from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment, parse_expected, parse_unproven
 from erasure.keyring import Keyring
 from erasure.scheme import SchemeKind
 from erasure.stripe import Recovered, recover
@@ -94,8 +94,17 @@ def open_record(row: BlockRow, slot: int, answer: StoredRecord) -> Fragment:
 
     Raises `FragmentNotFound`, `CorruptFragment`, `DiskError`, `FormatUnsupported`.
     """
+    return parse_expected(_record_in(row, slot, answer), row.volume, row.hash, slot)
+
+
+def open_unproven(row: BlockRow, slot: int, answer: StoredRecord) -> Fragment:
+    """`open_record` for `erasure.stripe.rebuild`, which proves the payload; raises as that does."""
+    return parse_unproven(_record_in(row, slot, answer), row.volume, row.hash, slot)
+
+
+def _record_in(row: BlockRow, slot: int, answer: StoredRecord) -> Buffer:
     if answer.status is ItemStatus.OK and answer.record is not None:
-        return parse_expected(answer.record, row.volume, row.hash, slot)
+        return answer.record
     where = f"slot {slot} of block {row.hash} in {row.volume}"
     if answer.status is ItemStatus.NOT_FOUND:
         raise FragmentNotFound(f"{where}: the node does not hold it")

@@ -4,7 +4,7 @@ Step "encode" of the life of a put; step "join" (all data slots answered) or "de
 not) of a get; step "reconstruct" of a repair.  Called by `erasure.stripe` and
 `cluster.block_client`, off the event loop: PyECLib holds the GIL.  Pure functions over bytes; must
 not import the envelope or the fragment record, and checks nothing but lengths: whoever calls it
-has verified each payload, and proves the result by SHA-256.
+proves the result.
 
 A payload is the bare chunk.  PyECLib's own fragments start with a header of 80 bytes that carries
 its version and a checksum whose kind has changed between releases; it is cut off after the encode
@@ -21,6 +21,7 @@ from typing import Final
 
 from pyeclib.ec_iface import ECDriver, ECDriverError
 
+from erasure import isal
 from erasure.scheme import Scheme, SchemeKind
 from protocol.errors import BlockUnreadable, CorruptFragment, SchemeUnsupported
 from protocol.hashing import Buffer
@@ -149,6 +150,7 @@ class _Driver:
         self._scheme = scheme
         try:
             self._library = ECDriver(ec_type=EC_TYPE, k=scheme.k, m=scheme.m)
+            self._isal = isal.library()
             self._template: bytes = self._library.encode(bytes(scheme.k))[0][:_LIBRARY_HEADER_BYTES]
             works = self._gives_back(bytes(range(1, 3 * scheme.k)))
         except ECDriverError as error:
@@ -180,6 +182,8 @@ class _Driver:
     ) -> dict[int, Buffer]:
         """Exactly k payloads.  Raises `BlockUnreadable` if the library refuses them."""
         ordered = sorted(set(wanted))
+        if self._isal is not None:
+            return isal.reconstruct(self._isal, self._scheme, payloads, ordered)
         framed = self._framed(payloads, stored_length)
         try:
             made = self._library.reconstruct(framed, list(ordered))

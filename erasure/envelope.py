@@ -181,14 +181,14 @@ def unseal_pieces(pieces: Sequence[Buffer], keyring: Keyring | None) -> tuple[Bu
     return payload
 
 
-def verify_stored(stored: Buffer) -> int:
+def verify_pieces(pieces: Sequence[Buffer]) -> int:
     """Check a stored block without opening it, which needs no key; its plain length.
 
-    Raises `CorruptFragment` for bytes that `seal` did not write, `FormatUnsupported` for those of
-    a newer version.
+    It is held in pieces, the first of which has all of the envelope.  Raises `CorruptFragment` for
+    bytes that `seal` did not write, `FormatUnsupported` for those of a newer version.
     """
-    view = memoryview(stored)
-    return _verify(view[:ENVELOPE_BYTES], (view[ENVELOPE_BYTES:],)).plain_length
+    first = memoryview(pieces[0])
+    return _verify(first[:ENVELOPE_BYTES], (first[ENVELOPE_BYTES:], *pieces[1:])).plain_length
 
 
 def peek_plain_length(stored: Buffer) -> int:

@@ -56,7 +56,7 @@ assert FRAGMENT_HEADER_BYTES == 96
 
 
 class Fragment(NamedTuple):
-    """A record whose header and payload matched their checksums."""
+    """A record whose header matched its checksum, and its payload too unless it is `unproven`."""
 
     scheme: Scheme
     slot: int
@@ -133,6 +133,27 @@ def parse(record: Buffer) -> Fragment:
         raise CorruptFragment(
             f"payload of {_name(header)} does not match its checksum", _details(header)
         )
+    return _fragment(header, payload)
+
+
+def parse_expected(record: Buffer, volume: VolumeId, block: BlockHash, slot: int) -> Fragment:
+    """`parse`, and refuse an intact fragment that is not the one asked for.
+
+    Raises what `parse` raises; `CorruptFragment` for another volume, block or slot.
+    """
+    return _expected(parse(record), volume, block, slot)
+
+
+def parse_unproven(record: Buffer, volume: VolumeId, block: BlockHash, slot: int) -> Fragment:
+    """`parse_expected` without the pass over the payload: only for `erasure.stripe.rebuild`, which
+    proves all payloads of a stripe together.  Raises as that does, but for the payload's bytes."""
+    view = memoryview(record)
+    return _expected(
+        _fragment(_parse_header(view), view[FRAGMENT_HEADER_BYTES:]), volume, block, slot
+    )
+
+
+def _fragment(header: _Header, payload: memoryview) -> Fragment:
     return Fragment(
         header.scheme,
         header.slot,
@@ -146,12 +167,7 @@ def parse(record: Buffer) -> Fragment:
     )
 
 
-def parse_expected(record: Buffer, volume: VolumeId, block: BlockHash, slot: int) -> Fragment:
-    """`parse`, and refuse an intact fragment that is not the one asked for.
-
-    Raises what `parse` raises; `CorruptFragment` for another volume, block or slot.
-    """
-    found = parse(record)
+def _expected(found: Fragment, volume: VolumeId, block: BlockHash, slot: int) -> Fragment:
     if (found.volume, found.block, found.slot) != (volume, block, slot):
         raise CorruptFragment(
             f"asked for slot {slot} of {block} in {volume}, got slot {found.slot} of "

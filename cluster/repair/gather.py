@@ -12,7 +12,7 @@ not there, or is wrong): only the second makes a block unrepairable.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.block_index import BlockRow
@@ -28,7 +28,10 @@ from protocol.errors import (
     NodeUnavailable,
 )
 from protocol.ids import BlockHash, NodeId
-from storage_node.interface import FragmentKey
+from storage_node.interface import FragmentKey, StoredRecord
+
+OpenAnswer = Callable[[BlockRow, int, StoredRecord], Fragment]
+"""`open_record`, or `open_unproven`."""
 
 
 @dataclass(slots=True)
@@ -37,7 +40,7 @@ class StripeParts:
 
     row: BlockRow
     fragments: dict[int, Fragment] = field(default_factory=dict)
-    """Verified, by slot."""
+    """By slot, checked as far as was asked for."""
     failures: dict[int, HaversackError] = field(default_factory=dict)
     """Why the other slots that were asked gave nothing."""
 
@@ -74,9 +77,11 @@ class Gatherer:
         rows: Sequence[BlockRow],
         wanted: int,
         distrusted: Mapping[BlockHash, Collection[int]],
+        open_answer: OpenAnswer = open_record,
     ) -> list[StripeParts]:
         """At least `wanted` fragments of each stripe where there are so many, in order of `rows`.
-        `distrusted`: slots of a block that are known to be bad."""
+        `distrusted`: slots of a block that are known to be bad; `open_answer`: how far a fragment
+        is checked here."""
         stripes = [StripeParts(row) for row in rows]
         order = self._order()
         while True:
@@ -96,7 +101,9 @@ class Gatherer:
                 return stripes
             async with asyncio.TaskGroup() as tasks:
                 for slot, wanting in asked.items():
-                    tasks.create_task(self.read_slot(self._sources[slot], slot, wanting))
+                    tasks.create_task(
+                        self.read_slot(self._sources[slot], slot, wanting, open_answer)
+                    )
 
     def _order(self) -> list[int]:
         """Data slots on trusted nodes, then parity slots on them, then the others.  Parity is
@@ -111,7 +118,13 @@ class Gatherer:
 
         return sorted(self._sources, key=rank)
 
-    async def read_slot(self, node_id: NodeId, slot: int, stripes: Sequence[StripeParts]) -> None:
+    async def read_slot(
+        self,
+        node_id: NodeId,
+        slot: int,
+        stripes: Sequence[StripeParts],
+        open_answer: OpenAnswer = open_record,
+    ) -> None:
         """Ask one node for its fragments of these stripes; never raises for what it answers."""
         keys = [FragmentKey(self._volume.volume_id, part.row.hash, slot) for part in stripes]
         size = sum(expected_record_bytes(part.row, self._volume) for part in stripes)
@@ -124,7 +137,7 @@ class Gatherer:
             return
         for part, answer in zip(stripes, answers, strict=True):
             try:
-                part.fragments[slot] = open_record(part.row, slot, answer)
+                part.fragments[slot] = open_answer(part.row, slot, answer)
             except HaversackError as error:
                 part.failures[slot] = error
 

@@ -1,11 +1,11 @@
-"""Makes the lost slots of a stripe from what was read of it: one decode, proven, for all of them.
+"""Makes the lost slots of a stripe from what was read of it: one pass, proven, for all of them.
 
 The computing half of a move (`executor`, step "copy"); runs off the event loop, for a batch of
 stripes at a time.  Pure functions over bytes; may not import SQL, asyncio or Ray.
 
-A decode is believed if all fragments carry one stripe tag and the envelope's checksum matches.
-Where anything disagrees, `erasure.stripe.recover` finds the set whose plain bytes hash to the
-block's name, and names the slots that lied.
+What k fragments give is believed if they carry one stripe tag and the envelope's checksum matches
+(`erasure.stripe.rebuild`).  Where anything disagrees, `erasure.stripe.recover` finds the set whose
+plain bytes hash to the block's name, and names the slots that lied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from erasure.codec import Codec
 from erasure.fragment import FRAGMENT_HEADER_BYTES, Fragment, pack_header
 from erasure.keyring import Keyring
 from erasure.scheme import Scheme
-from erasure.stripe import recover, remake, restore_stored
+from erasure.stripe import rebuild, recover, remake
 from protocol.errors import (
     BlockUnreadable,
     ConfigInvalid,
@@ -73,8 +73,8 @@ class Remaker(NamedTuple):
     def _make_one(self, job: StripeJob, scheme: Scheme, epoch: int) -> None:
         chosen = dict(sorted(job.fragments.items())[: scheme.k])
         row = job.row
-        stored = restore_stored(self.codec, row.plain_bytes, chosen, scheme)
-        self._fill(job, scheme, epoch, stored)
+        made = rebuild(self.codec, epoch, row.plain_bytes, chosen, job.wanted, scheme)
+        _take(job, made)
 
     def prove(self, jobs: Sequence[StripeJob], scheme: Scheme, epoch: int) -> None:
         """As `make`, from whatever fragments there are, proven by SHA-256."""
@@ -86,13 +86,16 @@ class Remaker(NamedTuple):
                 job.error = error
                 continue
             job.liars = proven.liars
-            self._fill(job, scheme, epoch, proven.stored)
+            row = job.row
+            made = remake(
+                self.codec, row.hash, row.volume, epoch, proven.stored, job.wanted, scheme
+            )
+            _take(job, made)
 
-    def _fill(self, job: StripeJob, scheme: Scheme, epoch: int, stored: Buffer) -> None:
-        row = job.row
-        made = remake(self.codec, row.hash, row.volume, epoch, stored, job.wanted, scheme)
-        for slot, (header, payload) in made.items():
-            job.made[slot] = Record(header, payload, _tag_of(header))
+
+def _take(job: StripeJob, made: Mapping[int, tuple[bytes, Buffer]]) -> None:
+    for slot, (header, payload) in made.items():
+        job.made[slot] = Record(header, payload, _tag_of(header))
 
 
 def reframe(fragment: Fragment, epoch: int) -> Record:

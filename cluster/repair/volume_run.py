@@ -28,7 +28,7 @@ from cluster.repair.gather import Gatherer, StripeParts, is_final, what_failed
 from cluster.repair.remake import Record, Remaker, StripeJob, reframe
 from cluster.repair.settings import RepairSettings
 from cluster.repair.throttle import LiveWatch, Throttle
-from cluster.stripe_read import expected_record_bytes
+from cluster.stripe_read import expected_record_bytes, open_unproven
 from cluster.topology import VolumeView
 from protocol.errors import (
     CorruptFragment,
@@ -315,7 +315,7 @@ class VolumeRun:
         scheme, epoch = self._volume.scheme, self._volume.epoch
         bad = {row.hash: {*self._bad.get(row.hash, ()), *wanted[row.hash]} for row in rows}
         self._count_reads(len(rows))
-        stripes = await self._gatherer.gather(rows, scheme.k, bad)
+        stripes = await self._gatherer.gather(rows, scheme.k, bad, open_unproven)
         jobs: list[StripeJob] = []
         for stripe in stripes:
             self._note_failures(stripe)
