@@ -1,7 +1,8 @@
 """How long repair plans: `python -m bench.repair_plan`.  Figures of `docs/design/015-repair.md`.
 
-10,000 nodes in 100 racks of 10 hosts.  First the planner alone over 10^3 to 10^6 volumes that each
-lost a slot, all of them planned; then one node's loss in a cell of 10^6 volumes, from SQL to plan.
+10,000 nodes in 100 racks of 10 hosts.  First what the service does, from SQL to plan, after the
+loss of one node and of 1,500 in cells of 10^3 to 10^6 volumes; then the planner alone over as many
+volumes that each lost a slot, the worst 64 of them planned and all.
 """
 
 from __future__ import annotations
@@ -92,25 +93,32 @@ def fill(db: Database, nodes: list[NodeView], count: int) -> None:
         )
 
 
-def lose_one(count: int) -> None:
-    """One node's loss in a cell of `count` volumes: from SQL to plan."""
+def lose(count: int) -> None:
+    """In a cell of `count` volumes one node is lost, then a great many: each from SQL to plan, as
+    the service does it."""
     nodes = [make_node(number) for number in range(NODES)]
+    many = random.Random(2).sample([node.node_id for node in nodes], OUT_NODES)
+    settings = RepairSettings()
+    budget = RepairBudget(settings.volumes_per_pass, settings.headroom_share)
     with tempfile.TemporaryDirectory(prefix="haversack-bench-") as directory:
         db = Database(sqlite_url(Path(directory) / "cell.db"), inline=True)
         fill(db, nodes, count)
-        out = {NodeId(nodes[4_321].node_id)}
-        settings = RepairSettings()
-        began = time.perf_counter()
-        view = db.read_now(lambda c: read_view(c, out, settings.volumes_seen_max))
-        read_s = time.perf_counter() - began
-        budget = RepairBudget(settings.volumes_per_pass, settings.headroom_share)
-        plan = plan_repair(view, budget, random.Random(3))
-        total_s = time.perf_counter() - began
-        print(
-            f"{count:9,} volumes in SQL, one node lost: {len(view.volumes):,} volumes read in "
-            f"{read_s:.2f} s, {len(plan.repairs)} planned after {total_s:.2f} s",
-            flush=True,
-        )
+        for out in (many[:1], many):
+            began = time.perf_counter()
+            read = functools.partial(
+                read_view, out=frozenset(out), volumes_max=settings.volumes_seen_max
+            )
+            view = db.read_now(read)
+            read_s = time.perf_counter() - began
+            plan = plan_repair(view, budget, random.Random(3))
+            total_s = time.perf_counter() - began
+            print(
+                f"{count:9,} volumes in SQL, {len(out):5,} of {NODES:,} nodes lost: "
+                f"{len(view.volumes):5,} volumes read after {read_s:5.2f} s, "
+                f"{len(plan.repairs):2} planned after {total_s:5.2f} s, "
+                f"peak {peak_mib():,.0f} MiB",
+                flush=True,
+            )
         db.close()
 
 
@@ -119,10 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.repair_plan")
     parser.add_argument("--most", type=int, default=10**6)
     most = parser.parse_args().most
-    for power in range(3, 7):
-        if 10**power <= most:
-            plan_all(10**power)
-    lose_one(most)
+    powers = [10**power for power in range(3, 7) if 10**power <= most]
+    for count in powers:
+        lose(count)
+    for count in powers:
+        plan_all(count)
 
 
 if __name__ == "__main__":

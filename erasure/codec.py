@@ -89,7 +89,12 @@ class Codec:
         if scheme.kind is SchemeKind.REPLICA or chosen[-1] < scheme.k or stored_length == 0:
             return self.join_data(scheme, [payloads[slot] for slot in chosen], stored_length)
         sources = {slot: payloads[slot] for slot in chosen}
-        return self._driver(scheme).decode(sources, stored_length)
+        driver = self._driver(scheme)
+        if not driver.is_direct:
+            return driver.decode(sources, stored_length)
+        missing = [slot for slot in range(scheme.k) if slot not in sources]
+        sources |= driver.reconstruct(sources, missing, stored_length)
+        return self.join_data(scheme, [sources[slot] for slot in range(scheme.k)], stored_length)
 
     def reconstruct(
         self,
@@ -162,6 +167,11 @@ class _Driver:
                 f"PyECLib's {EC_TYPE} does not read back what it wrote for {scheme}: "
                 "install the version that this release names"
             )
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether slots are made by ISA-L itself, without PyECLib's copies."""
+        return self._isal is not None
 
     def encode(self, stored: bytes) -> list[Buffer]:
         fragments = self._library.encode(stored)

@@ -7,10 +7,14 @@ taking the role over and going on where the move rows say is the ordinary start.
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import ray
+
+_NICENESS = 10
+"""Behind gateways and nodes where cores are short: a tenth of a core is left even then."""
 
 
 class RepairActor:
@@ -20,6 +24,7 @@ class RepairActor:
         """`data`: directory of the cell."""
         from cluster.repair.host import RepairHost  # the controller needs none of what it loads
 
+        os.nice(_NICENESS)
         self._host = RepairHost(Path(data))
         self._task = asyncio.get_running_loop().create_task(self._host.run())
 

@@ -72,6 +72,9 @@ _FORGET_AT_ONCE: Final = 500
 """Volumes of one statement."""
 
 _LIVE_LOOK_S: Final = 0.5
+_IDLE_LOOK_S: Final = 1.0
+"""Between two looks at who else is served, while repair works and while there is nothing to do."""
+
 _RATE_SAMPLES: Final = 30
 
 log = structlog.get_logger()
@@ -261,9 +264,11 @@ class RepairService:
 
     async def _watch_clients(self) -> None:
         while True:
-            await self._clock.sleep(_LIVE_LOOK_S if self.counters.left_volumes else 5.0)
+            pause_s = _LIVE_LOOK_S if self.counters.left_volumes else _IDLE_LOOK_S
+            due = self._clock.monotonic() + pause_s
+            await self._clock.sleep(pause_s)
             if self.counters.left_volumes:
-                await self._live.look()
+                await self._live.look(self._clock.monotonic() - due)
 
     # -- passes ------------------------------------------------------------------------------------
 

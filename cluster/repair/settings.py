@@ -47,14 +47,14 @@ class RepairSettings:
     verify_s: float = 60.0
     """A node's verification of some thousand records."""
 
-    volumes_at_once: int = 3
+    volumes_at_once: int = 2
     """Volumes worked on at the same time: the nodes of one seldom keep all disks busy."""
 
     batches_at_once: int = 2
     """Batches of stripes of one volume in memory at the same time: one is read while another is
     coded and written."""
 
-    batch_bytes: int = 16 * MIB
+    batch_bytes: int = 32 * MIB
     """Stored bytes of the stripes of one batch: some MiB of each slot in one frame."""
 
     batch_blocks: int = 1_024

@@ -3,8 +3,10 @@
 `Throttle` is asked by `executor` before each batch.  `LiveWatch` sets its rate: it asks the nodes
 that repair works with for their summaries, subtracts what repair itself read and wrote, and so
 knows whether anybody else is served there; if so, and if the answers take long (they queue where
-client requests queue), the rate is halved, else it grows.  Without other traffic there is nobody to
-yield to, and only the configured maximum holds.  No SQL, no Ray.
+client requests queue) or repair's own process is kept waiting for a core, the rate is halved, else
+it grows.  Without other traffic there is nobody to yield to, and only the configured maximum holds.
+It begins at the minimum, and goes back there when clients come: a burst at the maximum would be
+felt before the first look.  No SQL, no Ray.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Throttle:
         self._clock = clock
         self._max = rate_max
         self._min = rate_min
-        self._rate = rate_max
-        self._tokens = rate_max * _BURST_S
+        self._rate = rate_min
+        self._tokens = rate_min * _BURST_S
         self._at = clock.monotonic()
         self._turn = asyncio.Lock()
 
@@ -67,6 +69,10 @@ class Throttle:
     def set_free(self) -> None:
         """Nobody is disturbed: as fast as configured."""
         self._change(self._max)
+
+    def begin_low(self) -> None:
+        """Somebody came: from the least upwards."""
+        self._change(self._min)
 
     def slow_down(self) -> None:
         """Somebody waits: half of it."""
@@ -98,25 +104,33 @@ class LiveWatch:
         self._own: Counter[NodeId] = Counter()
         self._seen: dict[NodeId, tuple[float, int, int]] = {}
         """(when, requests the node counts, of them ours)"""
+        self._alone = True
 
     def count(self, node_id: NodeId, requests: int) -> None:
         """Repair is about to send a node so many keys or records."""
         self._own[node_id] += requests
 
-    async def look(self) -> None:
-        """Ask the nodes in use and set the rate.  Never raises for what they answer."""
+    async def look(self, late_s: float = 0.0) -> None:
+        """Ask the nodes in use and set the rate.  `late_s`: how long repair's own process was kept
+        waiting after it was due.  Never raises for what nodes answer."""
         names = sorted(self._own)[:_NODES_ASKED_MAX]
         answers = await asyncio.gather(*(self._ask(node_id) for node_id in names))
-        busy = [took_s for is_live, took_s in answers if is_live]
+        known = [answer for answer in answers if answer is not None]
+        busy = [took_s for is_live, took_s in known if is_live]
+        if not known:
+            return  # a node tells nothing of others before it was asked twice
+        came, self._alone = self._alone and bool(busy), not busy
         if not busy:
             self._throttle.set_free()
-        elif max(busy) > self._latency_s:
+        elif came:
+            self._throttle.begin_low()
+        elif max([*busy, late_s]) > self._latency_s:
             self._throttle.slow_down()
         else:
             self._throttle.speed_up()
 
-    async def _ask(self, node_id: NodeId) -> tuple[bool, float]:
-        """Whether others use the node, and how long it took to answer."""
+    async def _ask(self, node_id: NodeId) -> tuple[bool, float] | None:
+        """Whether others use the node, and how long it took to answer; None: not known yet."""
         began, own = self._clock.monotonic(), self._own[node_id]
         try:
             reply = await self._port(node_id).summary(_SUMMARY_S)
@@ -127,7 +141,7 @@ class LiveWatch:
         before = self._seen.get(node_id)
         self._seen[node_id] = (now, served, own)
         if before is None or now <= before[0]:
-            return False, 0.0
+            return None
         then, served_then, own_then = before
         others = (served - served_then) - (own - own_then)
         return others > _LIVE_PER_S * (now - then), now - began

@@ -32,6 +32,7 @@ def in_virtual_time(main: Main) -> None:
 def test_no_more_is_written_than_the_rate_allows_however_many_ask() -> None:
     async def main(clock: Clock) -> None:
         throttle = Throttle(clock, 100 * MIB, MIB)
+        throttle.set_free()
         began = clock.monotonic()
 
         async def writer() -> None:
@@ -47,6 +48,7 @@ def test_no_more_is_written_than_the_rate_allows_however_many_ask() -> None:
 def test_a_batch_larger_than_the_burst_is_let_through_and_paid_for_afterwards() -> None:
     async def main(clock: Clock) -> None:
         throttle = Throttle(clock, 4 * MIB, MIB)
+        throttle.set_free()
         began = clock.monotonic()
         await throttle.take(32 * MIB)
         assert clock.monotonic() == began
@@ -101,7 +103,14 @@ def test_repairs_own_requests_are_no_reason_to_yield_however_slow_nodes_are() ->
 def test_slow_answers_beside_clients_halve_the_rate_down_to_the_minimum_and_it_recovers() -> None:
     async def main(clock: Clock) -> None:
         throttle, watch, served = make(clock)
+        await look_after(watch, served, clock, others=0, own=100)
+        await look_after(watch, served, clock, others=0, own=100)
+        assert throttle.rate == 64 * MIB
         await look_after(watch, served, clock, others=100, own=100)
+        assert throttle.rate == 4 * MIB, "clients came: from the least upwards"
+        for _ in range(20):
+            await look_after(watch, served, clock, others=100, own=100)
+        assert throttle.rate == 64 * MIB, "they are served well"
         served.takes_s = 0.1
         rates = []
         for _ in range(8):
@@ -124,5 +133,31 @@ def test_a_node_that_does_not_answer_slows_nothing_down() -> None:
         served.is_away = True
         await look_after(watch, served, clock, others=100, own=0)
         assert throttle.rate == 64 * MIB
+
+    in_virtual_time(main)
+
+
+def test_nothing_is_let_loose_before_it_is_known_whether_clients_are_there() -> None:
+    async def main(clock: Clock) -> None:
+        throttle, watch, served = make(clock)
+        assert throttle.rate == 4 * MIB
+        await look_after(watch, served, clock, others=100, own=100)
+        assert throttle.rate == 4 * MIB, "a first answer has nothing to compare with"
+        await look_after(watch, served, clock, others=100, own=100)
+        assert throttle.rate == 4 * MIB
+
+    in_virtual_time(main)
+
+
+def test_a_process_kept_from_its_core_yields_though_nodes_answer_quickly() -> None:
+    async def main(clock: Clock) -> None:
+        throttle, watch, served = make(clock)
+        for _ in range(30):
+            await look_after(watch, served, clock, others=100, own=100)
+        assert throttle.rate == 64 * MIB
+        served.served += 100
+        await clock.sleep(1.0)
+        await watch.look(late_s=0.1)
+        assert throttle.rate == 32 * MIB
 
     in_virtual_time(main)
