@@ -25,8 +25,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 up: install
 	$(BIN)/haversack up --data $(DATA) --port $(PORT) --nodes $(NODES) --scheme $(SCHEME)
 
+# Tests that stay within one process share the cores; those that start cells have them alone.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/sim tests/property tests/unit
+	$(BIN)/python -m pytest tests/integration tests/probe
 
 check: install
 	$(BIN)/ruff check .

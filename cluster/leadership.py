@@ -7,10 +7,18 @@ counts.  Functions over a connection; imports no Ray.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, select, update
+from typing import Final
+
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from cluster.schema import leaders
 from protocol.errors import NotLeader
+
+_HELD: Final = (
+    select(leaders.c.epoch, leaders.c.holder)
+    .where(leaders.c.role == bindparam("role"))
+    .with_for_update()
+)
 
 
 def take_role(connection: Connection, role: str, holder: str, now: float) -> int:
@@ -36,9 +44,7 @@ def check_role(connection: Connection, role: str, epoch: int) -> None:
 
     Holds the row until the end of the transaction, so that nobody can take the role in between.
     """
-    row = connection.execute(
-        select(leaders.c.epoch, leaders.c.holder).where(leaders.c.role == role).with_for_update()
-    ).one()
+    row = connection.execute(_HELD, {"role": role}).one()
     if row.epoch != epoch:
         raise NotLeader(
             f"{row.holder} has been {role} leader since epoch {row.epoch}, this process held "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, case, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, case, delete, insert, select, update
 
 from cluster.events import DETAIL_CHARACTERS_MAX
 from cluster.schema import cell, map_version, nodes, volume_slots, volumes
@@ -23,6 +23,27 @@ from storage_node.interface import NodeRegistration
 
 _IDS_PER_QUERY: Final = 500
 """Ids in one IN list: far below every database's limit on parameters."""
+
+
+# Statements of every few seconds, built once.
+_VERSION: Final = select(map_version.c.version)
+_NODES_CHANGED: Final = (
+    select(nodes).where(nodes.c.changed > bindparam("changed_after")).order_by(nodes.c.node_id)
+)
+_VOLUMES: Final = (
+    select(
+        volumes.c.volume_id,
+        volumes.c.scheme,
+        volumes.c.state,
+        volumes.c.epoch,
+        volumes.c.stored_bytes,
+        volumes.c.blocks,
+        volume_slots.c.node_id,
+    )
+    .join(volume_slots, volume_slots.c.volume_id == volumes.c.volume_id)
+    .order_by(volumes.c.volume_id, volume_slots.c.slot)
+)
+_OPEN_VOLUMES: Final = _VOLUMES.where(volumes.c.state == VolumeState.OPEN.value)
 
 
 class NodeReport(NamedTuple):
@@ -37,7 +58,7 @@ class NodeReport(NamedTuple):
 
 def read_version(connection: Connection) -> int:
     """The map's version."""
-    version: int = connection.execute(select(map_version.c.version)).scalar_one()
+    version: int = connection.execute(_VERSION).scalar_one()
     return version
 
 
@@ -58,8 +79,8 @@ def read_scheme(connection: Connection) -> Scheme | None:
 
 def read_nodes(connection: Connection, changed_after: int = -1) -> list[NodeView]:
     """Nodes whose rows changed after a version, in id order; all of them by default."""
-    query = select(nodes).where(nodes.c.changed > changed_after).order_by(nodes.c.node_id)
-    return [_node_view(row) for row in connection.execute(query)]
+    rows = connection.execute(_NODES_CHANGED, {"changed_after": changed_after})
+    return [_node_view(row) for row in rows]
 
 
 def read_node(connection: Connection, node_id: NodeId) -> NodeView | None:
@@ -219,7 +240,7 @@ def _node_view(row: Row[Any]) -> NodeView:
 
 def read_open_volumes(connection: Connection) -> list[VolumeView]:
     """All open volumes in id order: a handful per scheme."""
-    return _volume_views(connection, _volumes_with_slots().where(volumes.c.state == "open"))
+    return _volume_views(connection, _OPEN_VOLUMES)
 
 
 def read_volumes(connection: Connection, volume_ids: Iterable[VolumeId]) -> list[VolumeView]:
@@ -228,14 +249,14 @@ def read_volumes(connection: Connection, volume_ids: Iterable[VolumeId]) -> list
     found: list[VolumeView] = []
     for start in range(0, len(wanted), _IDS_PER_QUERY):
         chunk = wanted[start : start + _IDS_PER_QUERY]
-        query = _volumes_with_slots().where(volumes.c.volume_id.in_(chunk))
+        query = _VOLUMES.where(volumes.c.volume_id.in_(chunk))
         found.extend(_volume_views(connection, query))
     return found
 
 
 def read_all_volumes(connection: Connection) -> list[VolumeView]:
     """Every volume in id order, for planners: some 10 us a slot."""
-    return _volume_views(connection, _volumes_with_slots())
+    return _volume_views(connection, _VOLUMES)
 
 
 def changed_volumes(connection: Connection, changed_after: int) -> list[VolumeId]:
@@ -310,22 +331,6 @@ def seal_volume(connection: Connection, volume_id: VolumeId, version: int) -> No
         update(volumes)
         .where(volumes.c.volume_id == int(volume_id))
         .values(state=VolumeState.SEALED.value, changed=version)
-    )
-
-
-def _volumes_with_slots() -> Select[Any]:
-    return (
-        select(
-            volumes.c.volume_id,
-            volumes.c.scheme,
-            volumes.c.state,
-            volumes.c.epoch,
-            volumes.c.stored_bytes,
-            volumes.c.blocks,
-            volume_slots.c.node_id,
-        )
-        .join(volume_slots, volume_slots.c.volume_id == volumes.c.volume_id)
-        .order_by(volumes.c.volume_id, volume_slots.c.slot)
     )
 
 

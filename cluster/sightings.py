@@ -35,6 +35,8 @@ ROWS_MAX: Final = 64
 
 REASON_CHARACTERS_MAX: Final = 200
 
+_ALL: Final = select(sightings).order_by(sightings.c.gateway, sightings.c.node_id)
+
 
 class Sighting(NamedTuple):
     """What one gateway says of one node."""
@@ -121,8 +123,7 @@ class SightingBook:
 
 def read_sightings(connection: Connection) -> list[Sighting]:
     """The whole table: no rows while nothing is amiss."""
-    query = select(sightings).order_by(sightings.c.gateway, sightings.c.node_id)
-    return [_sighting(row) for row in connection.execute(query)]
+    return [_sighting(row) for row in connection.execute(_ALL)]
 
 
 def replace_sightings(connection: Connection, gateway: str, rows: Sequence[Sighting]) -> None:
