@@ -1,6 +1,6 @@
 """The controller of a one-machine cell: the only Ray driver (`python -m cluster.supervisor`).
 
-Started and restarted by `haversack up`.  Walk: start Ray, end the Ray services that a cell does
+Started and restarted by `haversack up`.  Walk: start Ray without the services that a cell does
 not need, create the placement actor, one storage-node actor per member of the plan file and the
 repair actor, watch Ray's own processes, start and stop the actors of nodes that come and go (the
 plan file changes), stop everything in order on SIGTERM.  Ray restarts actors; if its GCS or raylet
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import ray
+from ray._private.node import Node
 
 from cluster.actor import remote_placement
 from cluster.controller_plan import ControllerPlan, PlannedNode, read_plan
@@ -40,11 +42,15 @@ log = logging.getLogger("haversack.controller")
 OBJECT_STORE_BYTES = 80 * MIB
 """Ray's own minimum: fragments never pass through the object store."""
 
+STARTING_MAX = 4
+"""Processes that Ray starts at a time, at most one a core; it takes that number from its CPUs, of
+which our actors reserve none.  No cell has fewer actors, so none is started for nothing."""
+
 WATCH_S = 1.0
 STOP_NODE_S = 20.0
 
-UNUSED_SERVICES = ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "log_monitor.py")
-"""Ray processes that serve nothing here and cost some 50 MB each."""
+UNUSED_SERVICES = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node that start the dashboard, the autoscaler and the log monitor."""
 
 VITAL_SERVICES = ("gcs_server", "raylet")
 
@@ -75,10 +81,11 @@ class Supervisor:
 
     def start(self) -> None:
         """Start Ray and all actors; returns before they have opened their disks."""
+        leave_out_unused_services()
         ray.init(
             address="local",
             namespace=NAMESPACE,
-            num_cpus=1,
+            num_cpus=min(os.cpu_count() or 1, STARTING_MAX),
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -87,7 +94,6 @@ class Supervisor:
         )
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        end_unused_services()
         self._placement = remote_placement().options(name=PLACEMENT_NAME).remote(str(self._data))
         for node in self._plan.nodes:
             self._start_node(node)
@@ -191,11 +197,19 @@ def _services(names: tuple[str, ...]) -> Iterator[psutil.Process]:
             yield process
 
 
-def end_unused_services() -> None:
-    """SIGKILL the Ray services that a cell does not use: they are our own children."""
-    for process in _services(UNUSED_SERVICES):
-        process.kill()
-        process.wait()
+def leave_out_unused_services() -> None:
+    """Keep Ray from starting services that a cell does not use, some 50 MB and half a second of
+    CPU each; `ray.init` has no arguments for that.
+
+    Raises `AttributeError` for a release of Ray that starts them in another way.
+    """
+    for start in UNUSED_SERVICES:
+        getattr(Node, start)
+        setattr(Node, start, _start_nothing)
+
+
+def _start_nothing(*_: object, **__: object) -> None:
+    """In the place of a method of Ray that starts a service."""
 
 
 def vital_services() -> Iterator[psutil.Process]:
