@@ -17,6 +17,7 @@ from bench.measures import (
     Bench,
     Figure,
     idle_cpu_share,
+    measure_h,
     measure_limits,
     settle,
 )
@@ -29,6 +30,8 @@ SMALL_PUTS = 6_000
 BATCH = 1_000
 BATCHED = 40_000
 CHECKS = 40
+GET_ROUNDS = 4
+STARTS = 5
 
 
 class Run:
@@ -107,6 +110,40 @@ class Run:
         basis = f"over {IDLE_S:.0f} s, {settled_s:.0f} s after it was ready"
         self.allow("idle cell, CPU", share * 100, "% of a core", 10, basis)
 
+    def get(self, cell: LiveCell, bench: Bench) -> None:
+        """GET of 4 MiB beside H, several times in turn; then with nodes gone."""
+        size = BLOCK_BYTES_MAX
+        first, put = bench.write("PUT 4 MiB, durable", "put", 8, PUT_BLOCKS, size)
+        self.note(put)
+        for _ in range(GET_ROUNDS):
+            h = self.note(measure_h(8)).mb_s
+            got = self.note(bench.read("GET 4 MiB", "get", 8, first, PUT_BLOCKS, size))
+            self.need("GET 4 MiB, 8 clients", got.mb_s / h, "H", 0.2, f"{got.cpu_ms:.1f} ms CPU")
+        self.degraded(cell, bench, first)
+
+    def start(self, cell: LiveCell) -> None:
+        """`up` on an existing directory, several times, with the CPU until `ready`."""
+        for _ in range(STARTS):
+            cell.stop()
+            self.restart(cell)
+
+    def restart(self, cell: LiveCell) -> None:
+        """`up` on the directory of a cell that was stopped."""
+        seconds = cell.start()
+        basis = f"{processes.cpu_seconds(cell.pid):.1f} s of CPU"
+        self.allow("up to ready on an existing directory", seconds, "s", 10, basis)
+
+    def degraded(self, cell: LiveCell, bench: Bench, first: int) -> None:
+        """GET of 4 MiB with three of nine nodes destroyed, beside GET with all of them."""
+        size = BLOCK_BYTES_MAX
+        healthy = self.note(bench.read("GET 4 MiB, healthy", "get", 8, first, PUT_BLOCKS, size))
+        lost = cell.destroy_nodes(3)
+        name = f"GET 4 MiB, {len(lost)} of 9 nodes gone"
+        degraded = self.note(bench.read(name, "get", 8, first, PUT_BLOCKS, size))
+        basis = f"{degraded.mb_s:.0f} / {healthy.mb_s:.0f} MB/s"
+        ratio = degraded.mb_s / healthy.mb_s
+        self.need("GET 4 MiB, 3 of 9 nodes gone", ratio, "healthy", 0.6, basis)
+
     def everything(self, cell: LiveCell, bench: Bench) -> None:
         """All measures, in the order of the module's docstring."""
         self.idle(cell)
@@ -119,23 +156,16 @@ class Run:
         self.need("GET 4 MiB, 8 clients", get.mb_s / h, "H", 0.2, f"{get.mb_s:.0f} / {h:.0f} MB/s")
         self.small(bench)
         cell.stop()
-        restart_s = cell.start()
-        self.allow("up to ready on an existing directory", restart_s, "s", 10)
-        size = BLOCK_BYTES_MAX
-        healthy = self.note(bench.read("GET 4 MiB, healthy", "get", 8, first, PUT_BLOCKS, size))
-        lost = cell.destroy_nodes(3)
-        name = f"GET 4 MiB, {len(lost)} of 9 nodes gone"
-        degraded = self.note(bench.read(name, "get", 8, first, PUT_BLOCKS, size))
-        basis = f"{degraded.mb_s:.0f} / {healthy.mb_s:.0f} MB/s"
-        ratio = degraded.mb_s / healthy.mb_s
-        self.need("GET 4 MiB, 3 of 9 nodes gone", ratio, "healthy", 0.6, basis)
+        self.restart(cell)
+        self.degraded(cell, bench, first)
 
 
 def main() -> int:
     """Run everything; exit code 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results/")
-    parser.add_argument("--only", choices=("idle", "small"), help="one part, not to be kept")
+    parts = ("idle", "get", "small", "start")
+    parser.add_argument("--only", choices=parts, help="one part, not to be kept")
     arguments = parser.parse_args()
     if arguments.save and arguments.only:
         parser.error("only a whole run is kept: without --only")
@@ -146,6 +176,10 @@ def main() -> int:
         match arguments.only:
             case "idle":
                 run.idle(cell)
+            case "get":
+                run.get(cell, bench)
+            case "start":
+                run.start(cell)
             case "small":
                 run.small(bench)
             case _:

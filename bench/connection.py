@@ -19,6 +19,13 @@ class Answer(NamedTuple):
 
     status: int
     body: memoryview
+    received: bytearray
+    """Where the body lies, at `body_at`: a view compares item by item, an array as memory."""
+    body_at: int
+
+    def holds(self, data: bytes) -> bool:
+        """Whether the body is `data`, told without a copy of either."""
+        return len(self.body) == len(data) and self.received.startswith(data, self.body_at)
 
 
 class LoadConnection(asyncio.BufferedProtocol):
@@ -66,7 +73,8 @@ class LoadConnection(asyncio.BufferedProtocol):
         if self._body_end == 0 and not self._read_head():
             return
         if self._filled >= self._body_end and self._waiter is not None:
-            answer = Answer(self._status, self._view[self._body_at : self._body_end])
+            body = self._view[self._body_at : self._body_end]
+            answer = Answer(self._status, body, self._buffer, self._body_at)
             waiter, self._waiter = self._waiter, None
             if not waiter.done():
                 waiter.set_result(answer)

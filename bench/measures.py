@@ -129,16 +129,28 @@ class Bench:
 
 def measure_limits(clients: int) -> dict[str, Figure]:
     """P and H now."""
-    with limits_server() as (pid, port):
-
-        def job(op: str, count: int) -> Job:
-            seed = int.from_bytes(os.urandom(4))
-            return Job(op, "127.0.0.1", port, "none", clients, seed, 0, count, BLOCK_BYTES_MAX)
-
+    with limits_server() as server:
+        put = _limit_job(server, "put", clients, PUT_BLOCKS)
         return {
-            "P": run_load("P: receive, hash, encode, 9 fdatasync", job("put", PUT_BLOCKS), pid),
-            "H": run_load("H: 4 MiB from memory", job("limit_get", 2 * GET_BLOCKS), pid),
+            "P": run_load("P: receive, hash, encode, 9 fdatasync", put, server[0]),
+            "H": _measure_h(server, clients),
         }
+
+
+def measure_h(clients: int) -> Figure:
+    """H now."""
+    with limits_server() as server:
+        return _measure_h(server, clients)
+
+
+def _measure_h(server: tuple[int, int], clients: int) -> Figure:
+    job = _limit_job(server, "limit_get", clients, 2 * GET_BLOCKS)
+    return run_load("H: 4 MiB from memory", job, server[0])
+
+
+def _limit_job(server: tuple[int, int], op: str, clients: int, count: int) -> Job:
+    seed = int.from_bytes(os.urandom(4))
+    return Job(op, "127.0.0.1", server[1], "none", clients, seed, 0, count, BLOCK_BYTES_MAX)
 
 
 def idle_cpu_share(pid: int, seconds: float) -> float:
