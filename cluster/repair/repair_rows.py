@@ -21,6 +21,11 @@ from cluster.topology import VolumeState
 from protocol.ids import BlockHash, NodeId, VolumeId
 
 _PER_QUERY: Final = 500
+
+_NODES_PER_QUERY: Final = 30_000
+"""What SQLite takes in one IN list.  One query counts a volume's losses on all of these nodes; over
+several, a volume with one loss in each would look better off than it is."""
+
 PASS_KIND: Final = "repair"
 PASS_SUBJECT: Final = "cell"
 
@@ -54,8 +59,8 @@ def _lost_counts(
 ) -> list[tuple[int, int]]:
     """(volume, slots lost), most first; vacant slots of sealed volumes count."""
     found: list[tuple[int, int]] = []
-    for start in range(0, len(out), _PER_QUERY):
-        names = [str(node_id) for node_id in out[start : start + _PER_QUERY]]
+    for start in range(0, len(out), _NODES_PER_QUERY):
+        names = [str(node_id) for node_id in out[start : start + _NODES_PER_QUERY]]
         query = (
             select(volume_slots.c.volume_id, func.count().label("lost"))
             .where(volume_slots.c.node_id.in_(names))
