@@ -25,10 +25,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 up: install
 	$(BIN)/haversack up --data $(DATA) --port $(PORT) --nodes $(NODES) --scheme $(SCHEME)
 
-# Tests that stay within one process share the cores; those that start cells have them alone.
+# Two processes, one a core.  A file of tests that start cells stays in one of them.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/sim tests/property tests/unit
-	$(BIN)/python -m pytest tests/integration tests/probe
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration tests/probe
 
 check: install
 	$(BIN)/ruff check .

@@ -51,14 +51,16 @@ class Throttle:
         return self._rate
 
     async def take(self, size: int) -> None:
-        """Wait until `size` more bytes may be written; first come, first served."""
+        """Wait until `size` more bytes may be written; first come, first served.
+
+        Paid for beforehand: a repair that is started again and again gets nothing on credit.
+        """
         async with self._turn:
-            while True:
-                self._refill()
-                if self._tokens > 0:
-                    self._tokens -= size
-                    return
+            self._refill()
+            self._tokens -= size
+            while self._tokens < 0:
                 await self._clock.sleep(max(0.001, min(0.25, -self._tokens / self._rate)))
+                self._refill()
 
     def _refill(self) -> None:
         now = self._clock.monotonic()
