@@ -14,6 +14,18 @@ from protocol.limits import MIB
 _HEAD_MAX = 64 * 1024
 
 
+def request_head(
+    method: str, url: str, token: str, media_type: str = "application/octet-stream", length: int = 0
+) -> bytes:
+    """What goes before a body of `length` bytes; `url` is HOST:PORT/PATH."""
+    host, path = url.split("/", 1)
+    return (
+        f"{method} /{path} HTTP/1.1\r\nhost: {host}\r\n"
+        f"authorization: Bearer {token}\r\ncontent-type: {media_type}\r\n"
+        f"content-length: {length}\r\n\r\n"
+    ).encode()
+
+
 class Answer(NamedTuple):
     """`body` is a view that is valid until the next request on this connection."""
 

@@ -15,7 +15,7 @@ import msgspec
 import uvloop
 
 from bench.bodies import Body, make_bodies
-from bench.connection import LoadConnection
+from bench.connection import LoadConnection, request_head
 from protocol.allocator import reuse_large_buffers
 from protocol.block_frames import MEDIA_TYPE, FrameStatus, iter_frames, pack_frame_header
 from protocol.ids import BlockHash
@@ -72,11 +72,7 @@ class Load:
 
     def _head(self, method: str, path: str, length: int, media_type: str) -> bytes:
         job = self._job
-        return (
-            f"{method} {path} HTTP/1.1\r\nhost: {job.host}:{job.port}\r\n"
-            f"authorization: Bearer {job.token}\r\ncontent-type: {media_type}\r\n"
-            f"content-length: {length}\r\n\r\n"
-        ).encode()
+        return request_head(method, f"{job.host}:{job.port}{path}", job.token, media_type, length)
 
     async def put(self, connection: LoadConnection, index: int) -> int:
         """PUT one block; it must be new."""

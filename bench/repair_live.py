@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import msgspec
 import uvloop
 
-from bench.connection import LoadConnection
+from bench.connection import LoadConnection, request_head
 from chaos.live.cell import LiveCell
 from protocol.allocator import reuse_large_buffers
 from protocol.limits import BLOCK_BYTES_MAX, MIB
@@ -61,10 +61,7 @@ class Live:
     async def _get(self, due: float) -> None:
         job = self._job
         name = self._rng.choice(job.names)
-        head = (
-            f"GET /v1/blocks/{name} HTTP/1.1\r\nhost: {job.host}:{job.port}\r\n"
-            f"authorization: Bearer {job.token}\r\n\r\n"
-        ).encode()
+        head = request_head("GET", f"{job.host}:{job.port}/v1/blocks/{name}", job.token)
         connection = await self._free.get()
         answer = await connection.request(head)
         self._samples.append(Sample(due, time.monotonic() - due))

@@ -23,6 +23,9 @@ from cluster.verify.pass_rows import PassRow
 DEBT_OLD_S: Final = 24 * 3600.0
 """Repair that has not repaid a debt for a day is not getting it done."""
 
+FAILURES_MIN: Final = 3
+"""Of repair, in a row: a database that is busy makes a pass fail now and then."""
+
 ALARMS_MAX: Final = 100
 """Of each kind; a cell that has more has one problem."""
 
@@ -54,10 +57,6 @@ class Alarm(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**self._asdict(), "kind": str(self.kind)}
-
-
-FAILURES_MIN: Final = 3
-"""In a row: a database that is busy makes a pass fail now and then."""
 
 
 def read_raised(connection: Connection) -> list[Alarm]:

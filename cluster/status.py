@@ -29,11 +29,11 @@ from cluster.change.jobs import UNFINISHED, Job, job_json, read_jobs
 from cluster.disk_reports import KeptReport, read_disk_reports
 from cluster.redundancy import Redundancy, read_redundancy, volumes_by_spare
 from cluster.repair.failing import read_failing
-from cluster.repair.repair_rows import PASS_KIND, PASS_SUBJECT
+from cluster.repair.repair_rows import PASS_KIND
 from cluster.schema import cell, volumes
 from cluster.topology import NodeView, VolumeState
 from cluster.verify.canaries import canaries_of
-from cluster.verify.pass_rows import read_pass, verification_of
+from cluster.verify.pass_rows import CELL, read_pass, verification_of
 from cluster.verify.watch_rows import watching_of
 from erasure.scheme import Scheme
 from protocol.errors import ConfigInvalid
@@ -121,7 +121,7 @@ def status_of(connection: Connection, now: float) -> CellStatus:
     counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(by_state)}
     redundancy = read_redundancy(connection, nodes)
     jobs = tuple(read_jobs(connection, UNFINISHED, JOBS_SHOWN))
-    repair = read_pass(connection, PASS_KIND, PASS_SUBJECT)
+    repair = read_pass(connection, PASS_KIND, CELL)
     return CellStatus(
         cluster_id=row.cluster_id,
         scheme=Scheme.parse(row.scheme),

@@ -186,17 +186,6 @@ def new_session(note: Path) -> Path:
     return session
 
 
-def _services(names: tuple[str, ...]) -> Iterator[psutil.Process]:
-    """Children of this process whose command line names one of `names`."""
-    for process in psutil.Process().children():
-        try:
-            command = process.cmdline()
-        except psutil.NoSuchProcess:
-            continue
-        if any(part.endswith(names) for part in command[:3]):
-            yield process
-
-
 def leave_out_unused_services() -> None:
     """Keep Ray from starting services that a cell does not use, some 50 MB and half a second of
     CPU each; `ray.init` has no arguments for that.
@@ -213,8 +202,14 @@ def _start_nothing(*_: object, **__: object) -> None:
 
 
 def vital_services() -> Iterator[psutil.Process]:
-    """The GCS and the raylet."""
-    yield from _services(VITAL_SERVICES)
+    """The GCS and the raylet: children of this process."""
+    for process in psutil.Process().children():
+        try:
+            command = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if any(part.endswith(VITAL_SERVICES) for part in command[:3]):
+            yield process
 
 
 def main() -> int:

@@ -1,10 +1,11 @@
 """Slots of a stripe from k others, by ISA-L itself: one pass over memory, nothing copied.
 
-Called by `erasure.codec` for step "reconstruct" of a repair.  PyECLib reconstructs one slot a call
-and wants every source joined to a header of its own; of the second a rebuilt gigabyte cost that
-way, two thirds were copies (`docs/design/015-repair.md`).  ISA-L takes addresses and lets go of the
-GIL.  The library is the one that PyECLib brings and uses, so that both know the same matrix; a
-build of PyECLib that hides it reconstructs through PyECLib.  Pure; checks no lengths.
+Called by `erasure.codec` for step "reconstruct" of a repair and step "decode" of a get.  PyECLib
+reconstructs one slot a call and wants every source joined to a header of its own; of the second a
+rebuilt gigabyte cost that way, two thirds were copies (`docs/design/015-repair.md`).  ISA-L takes
+addresses and lets go of the GIL.  The library is the one that PyECLib brings and uses, so that both
+know the same matrix; a build of PyECLib that hides it goes through PyECLib.  Pure; checks no
+lengths.
 """
 
 from __future__ import annotations

@@ -100,15 +100,18 @@ def plan_drain(
     waiting: list[Blocked] = []
     for volume, slot in _slots_of(view, node_id):
         wait = _not_now(volume, busy)
-        target = None if wait == _BUSY else targets.take(volume, slot)
-        if target is None and wait != _BUSY:
+        if wait == _BUSY:
+            waiting.append(Blocked(volume.volume_id, wait))
+            continue
+        target = targets.take(volume, slot)
+        if target is None:
             blocked.append(Blocked(volume.volume_id, layout.why_nowhere(volume, slot)))
             continue
-        move = None if target is None else _move(layout, volume, slot, target)
-        if wait is not None:
-            waiting.append(Blocked(volume.volume_id, wait))
-        elif move is not None:
+        move = _move(layout, volume, slot, target)  # counted there also while it waits
+        if wait is None:
             moves.append(move)
+        else:
+            waiting.append(Blocked(volume.volume_id, wait))
     return MovePlan(tuple(moves), tuple(blocked), tuple(waiting))
 
 

@@ -6,7 +6,6 @@ event loop, no Ray.  Reads only volumes that lost something, through the index o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -16,8 +15,9 @@ from cluster import map_rows
 from cluster.debts import read_volume_debts
 from cluster.move_rows import read_moves
 from cluster.repair.plan import RepairView
-from cluster.schema import passes, unrepairable, volume_slots, volumes
+from cluster.schema import unrepairable, volume_slots, volumes
 from cluster.topology import VolumeState
+from cluster.verify.pass_rows import CELL, PassRow, write_pass
 from protocol.ids import BlockHash, NodeId, VolumeId
 
 _PER_QUERY: Final = 500
@@ -27,7 +27,6 @@ _NODES_PER_QUERY: Final = 30_000
 several, a volume with one loss in each would look better off than it is."""
 
 PASS_KIND: Final = "repair"
-PASS_SUBJECT: Final = "cell"
 
 
 def read_view(
@@ -123,7 +122,4 @@ def save_progress(
     connection: Connection, number: int, begun: float, ended: float | None, body: dict[str, Any]
 ) -> None:
     """How far repair is, for status and metrics, which need no Ray to read it."""
-    here = (passes.c.kind == PASS_KIND) & (passes.c.subject == PASS_SUBJECT)
-    values = {"number": number, "begun": begun, "ended": ended, "body": json.dumps(body)}
-    if connection.execute(update(passes).where(here).values(**values)).rowcount == 0:
-        connection.execute(insert(passes).values(kind=PASS_KIND, subject=PASS_SUBJECT, **values))
+    write_pass(connection, PASS_KIND, CELL, PassRow(number, begun, ended, body))

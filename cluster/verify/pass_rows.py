@@ -1,14 +1,16 @@
-"""SQL of the verifier's passes: what was asked for, how far a pass is, what the last one found.
+"""SQL of passes, mostly the verifier's: what was asked for, how far one is, what the last found.
 
-A gateway writes requests and reads results; the verifier does the rest.  Neither needs the other
-to run.  Functions over a connection; no clock, no event loop, no Ray.
+A gateway writes requests and reads results; the verifier and repair do the rest.  None needs
+another to run.  Functions over a connection; no clock, no event loop, no Ray.
 
-| kind, subject    | one row about                                   | written by   |
-|------------------|-------------------------------------------------|--------------|
-| verify, cell     | the newest pass                                 | the verifier |
-| verify, finished | the last pass that ended                        | the verifier |
-| verify, request  | the newest request of a pass or a removal       | a gateway    |
-| removal, cell    | the newest removal of strays                    | the verifier |
+| kind, subject        | one row about                                   | written by   |
+|----------------------|-------------------------------------------------|--------------|
+| verify, cell         | the newest pass                                 | the verifier |
+| verify, finished     | the last pass that ended                        | the verifier |
+| verify, request      | the newest request of a pass or a removal       | a gateway    |
+| removal, cell        | the newest removal of strays                    | the verifier |
+| repair, cell         | how far repair is                               | repair       |
+| repair failing, cell | passes of repair that failed, one after another | repair       |
 """
 
 from __future__ import annotations

@@ -73,12 +73,14 @@ class Served:
         return SummaryReply("serving", "", 1, 0, 0, 0, 0, 1, counters)
 
 
-async def look_after(watch: LiveWatch, served: Served, clock: Clock, others: int, own: int) -> None:
+async def look_after(
+    watch: LiveWatch, served: Served, clock: Clock, others: int, own: int, late_s: float = 0.0
+) -> None:
     """One second, in which so many requests of others and of ours were served."""
     watch.count(NODE, own)
     served.served += others + own
     await clock.sleep(1.0)
-    await watch.look()
+    await watch.look(late_s)
 
 
 def make(clock: Clock) -> tuple[Throttle, LiveWatch, Served]:
@@ -153,9 +155,7 @@ def test_a_process_kept_from_its_core_yields_though_nodes_answer_quickly() -> No
         for _ in range(30):
             await look_after(watch, served, clock, others=100, own=100)
         assert throttle.rate == 64 * MIB
-        served.served += 100
-        await clock.sleep(1.0)
-        await watch.look(late_s=0.1)
+        await look_after(watch, served, clock, others=100, own=0, late_s=0.1)
         assert throttle.rate == 32 * MIB
 
     in_virtual_time(main)
